@@ -1,0 +1,72 @@
+"""The `megatron-pd` command: one file per subcommand.
+
+A subcommand's module offers `HELP`, `add_arguments(parser)` and `run(args) -> int`. Those that run
+a Megatron model (`dump`, `evaluate`) take Megatron's own flags instead, read by Megatron's parser
+from `sys.argv`; they offer `HELP` and `main()`.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+from megatron_pd.errors import UserError
+
+__all__ = ["main", "run_reporting_errors"]
+
+_COMMANDS = (
+    "train-tokenizer",
+    "preprocess",
+    "inspect",
+    "verify",
+    "stats",
+    "merge",
+    "split",
+    "recode",
+    "convert",
+)
+_MEGATRON_COMMANDS = ("dump", "evaluate")
+
+
+def main() -> int:
+    """Entry point of the `megatron-pd` script. Returns the process's exit status."""
+    return run_reporting_errors(_main)
+
+
+def run_reporting_errors(function) -> int:
+    """Call `function() -> int`; a `UserError` becomes a sentence on stderr and status 2.
+
+    Under torchrun only the first process of each node speaks.
+    """
+    try:
+        return function()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main() -> int:
+    command = sys.argv[1] if len(sys.argv) > 1 else None
+    if command in _MEGATRON_COMMANDS:
+        sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
+        return _module(command).main()
+    parser = argparse.ArgumentParser(
+        prog="megatron-pd", description="Pre-training distillation for Megatron."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name in _COMMANDS:
+        module = _module(name)
+        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    for name in _MEGATRON_COMMANDS:
+        subparsers.add_parser(name, help=_module(name).HELP)
+    args = parser.parse_args()
+    return args.run(args)
+
+
+def _module(command: str):
+    return importlib.import_module(f"megatron_pd.cli.{command.replace('-', '_')}")

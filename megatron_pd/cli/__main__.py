@@ -1,0 +1,5 @@
+import sys
+
+from megatron_pd.cli import main
+
+sys.exit(main())

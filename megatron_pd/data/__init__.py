@@ -1,0 +1,1 @@
+"""Corpora on the way to training: text → tokens, and tokens with their teacher rows."""
