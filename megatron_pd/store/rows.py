@@ -1,0 +1,81 @@
+"""What goes into a logit store and comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["COLUMNS", "Corpus", "StoreError", "TeacherRows"]
+
+#: Optional per-row float32 columns, in the order of their bits in a block's header.
+COLUMNS = ("label_logprob", "entropy", "std")
+
+
+class StoreError(Exception):
+    """A logit store, or a request to one, is wrong; the message says where, how and the mend."""
+
+
+class Corpus(Protocol):
+    """The tokens that a store's rows belong to (Megatron's `.bin/.idx`, or anything alike)."""
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """int64 [D]: tokens of every document, its end-of-document token included."""
+
+    def tokens(self, document: int) -> np.ndarray:
+        """The token ids of one document: 1-D, any integer dtype."""
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The sparse next-token distributions of n consecutive tokens.
+
+    ids       int32 [n, K]: vocabulary ids by falling log-probability, -1 beyond a row's count.
+    logprobs  float32 [n, K]: log-probabilities over the full vocabulary at temperature 1, never
+              renormalised, in nats; 0 beyond a row's count.  Of a store of the `sampled` kind:
+              log(draws of the id / draws of the row).
+    counts    int32 [n]: entries of each row; 0 where there is no teacher.
+    columns   float32 [n] each, of `COLUMNS`: `label_logprob` (log-probability of the true next
+              token), `entropy` (of the full distribution, nats), `std` (of the full logits).
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    counts: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, rows: slice) -> TeacherRows:
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return TeacherRows(self.ids[rows], self.logprobs[rows], self.counts[rows], columns)
+
+    @classmethod
+    def empty(cls, n: int, width: int = 0) -> TeacherRows:
+        """`n` rows without entries."""
+        ids = np.full((n, width), -1, np.int32)
+        return cls(ids, np.zeros((n, width), np.float32), np.zeros(n, np.int32))
+
+    @classmethod
+    def concatenate(cls, parts: list[TeacherRows]) -> TeacherRows:
+        """The rows of `parts` one after another, padded to the widest."""
+        width = max((part.ids.shape[1] for part in parts), default=0)
+        out = cls.empty(sum(len(part) for part in parts), width)
+        row = 0
+        for part in parts:
+            out.ids[row : row + len(part), : part.ids.shape[1]] = part.ids
+            out.logprobs[row : row + len(part), : part.ids.shape[1]] = part.logprobs
+            out.counts[row : row + len(part)] = part.counts
+            row += len(part)
+        names = [name for name in COLUMNS if any(name in part.columns for part in parts)]
+        columns = {
+            name: np.concatenate(
+                [part.columns.get(name, np.full(len(part), np.nan, np.float32)) for part in parts]
+            )
+            for name in names
+        }
+        return cls(out.ids, out.logprobs, out.counts, columns)

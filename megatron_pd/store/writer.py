@@ -1,0 +1,434 @@
+"""Writes one shard of a logit store; safe against being killed at any instant."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_pd.store.blocks import RaggedRows, encode_frame
+from megatron_pd.store.files import AppendFile, publish_once, write_error
+from megatron_pd.store.format import (
+    CODECS,
+    MANIFEST_NAME,
+    MAX_VOCAB_SIZE,
+    PARTIAL_SUFFIX,
+    ROWS_FRAME,
+    Footer,
+    FrameHeader,
+    Manifest,
+    ShardHeader,
+    page_crcs,
+    parse_shard_name,
+    shard_name,
+    token_digest,
+)
+from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
+
+__all__ = ["LogitStoreWriter"]
+
+BLOCK_ROWS = 512
+BUFFER_ENTRIES = 1 << 21
+Kind = Literal["top", "sampled"]
+
+
+class LogitStoreWriter:
+    """Writes the rows of a contiguous range of documents into the store directory `path`.
+
+    Every rank of a dump opens its own writer with the same `vocab_size`, `document_lengths` (int64
+    [D], of the whole corpus), `metadata` (JSON-able: teacher, tokenizer hash, top_p, ...) and its
+    own `documents` (default: all); ranks need not talk to each other.
+
+    Documents come in any order, the rows of a document in order and in pieces of any size.  The
+    last row of a document has no next token and must be empty.  `flush()` makes everything appended
+    durable; after a crash the next writer of the same shard goes on from `written(document)`.
+    Leaving the `with` block finishes the shard; leaving it by an exception keeps what was flushed
+    and whatever of the rest reached the file.
+
+    codec       "compact" (default) or "exact" (float32 log-probabilities).
+    value_bits  resolution of `compact`, see docs/store-format.md; 10 costs at most 3e-4 nats a row.
+    corpus      binds the shard to the corpus by a hash of every document's tokens.
+    kind        "top", or "sampled" with `draws` (draws of every non-empty row).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        vocab_size: int,
+        document_lengths: np.ndarray,
+        metadata: Mapping[str, Any],
+        codec: str = "compact",
+        value_bits: int = 10,
+        corpus: Corpus | None = None,
+        documents: range | None = None,
+        kind: Kind = "top",
+        draws: int = 0,
+    ) -> None:
+        lengths = np.asarray(document_lengths, np.int64)
+        _check_arguments(path, vocab_size, lengths, codec, kind, draws)
+        self.path = Path(path)
+        self.documents = _checked_range(documents, len(lengths))
+        self._corpus = corpus
+        self._vocab_size = vocab_size
+        self._codec = CODECS[codec]
+        self._manifest = Manifest.of(vocab_size, lengths, draws, metadata)
+        shard_lengths = lengths[self.documents.start : self.documents.stop]
+        self._starts = np.concatenate([[0], np.cumsum(shard_lengths)])
+        self._next = np.zeros(len(shard_lengths), np.int64)
+        self._durable = np.zeros(len(shard_lengths), np.int64)
+        self._digests = np.zeros(len(shard_lengths), np.uint64)
+        self._pending: dict[int, list[RaggedRows]] = {}
+        self._pending_end: dict[int, int] = {}
+        self._pending_entries = 0
+        self._blocks: list[FrameHeader] = []
+        self._offsets: list[int] = []
+        self._columns: tuple[str, ...] | None = None
+        self._open(value_bits)
+
+    def append(self, document: int, offset: int, rows: TeacherRows) -> None:
+        """Adds rows `offset`, `offset + 1`, ... of a document."""
+        index = self._checked_position(document, offset, len(rows))
+        _check_rows(rows, f"{self.path}, document {document}", self._vocab_size)
+        if offset + len(rows) == self._length(index) and len(rows) and rows.counts[-1]:
+            raise StoreError(
+                f"document {document}: its last row has {rows.counts[-1]} entries, but no token "
+                "follows the last one. Rows are probably shifted by one: row j holds the "
+                "distribution of token j + 1."
+            )
+        self._check_columns(document, rows)
+        if offset == 0 and self._corpus is not None:
+            self._digests[index] = self._token_digest(document)
+        if len(rows):
+            self._enqueue(int(self._starts[index]) + offset, RaggedRows.of(rows))
+            self._next[index] += len(rows)
+        if self._pending_entries >= BUFFER_ENTRIES:
+            self._write_pending()
+
+    def flush(self) -> None:
+        """Returns once everything appended before is durable."""
+        self._write_pending()
+        if self._file is not None:
+            self._file.sync()
+        self._durable[:] = self._next
+
+    def written(self, document: int) -> int:
+        """Rows of a document that are durable: a restarted dump goes on at this offset."""
+        return int(self._durable[self._checked_document(document)])
+
+    def close(self) -> None:
+        """Finishes the shard: checks that no row is missing, then publishes it."""
+        if self._file is None:
+            return
+        try:
+            self._write_pending()
+            self._check_complete()
+            self._write_index()
+            self._file.publish(self._final)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Leaves the shard unfinished; the next writer goes on after the last whole block."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> LogitStoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def _open(self, value_bits: int) -> None:
+        self._final = self.path / shard_name(self.documents)
+        self._file: AppendFile | None = None
+        header = ShardHeader(
+            self._manifest.store_id,
+            self.documents.start,
+            len(self.documents),
+            int(self._starts[-1]),
+            self._vocab_size,
+            self._manifest.draws,
+            value_bits,
+            self._corpus is not None,
+        )
+        self._header = header.to_bytes()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        _publish_manifest(self.path / MANIFEST_NAME, self._manifest)
+        if self._final.exists():
+            self._durable[:] = self._next[:] = np.diff(self._starts)
+            return
+        self._check_overlap()
+        partial = self._final.with_name(self._final.name + PARTIAL_SUFFIX)
+        self._file = AppendFile(partial)
+        try:
+            self._resume(self._file)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _resume(self, file: AppendFile) -> None:
+        if file.end < len(self._header):
+            file.truncate(0)
+            file.append(self._header)
+            return
+        if file.read(0, len(self._header)) != self._header:
+            raise StoreError(
+                f"{file.path}: an unfinished shard of another dump (other teacher, corpus, codec "
+                "or settings) is in the way. Finish it with its own settings, or delete it."
+            )
+        end = len(self._header)
+        for header, payload, offset in _frames(file):
+            end = offset + FrameHeader.BYTES + len(payload)
+            if header.type == ROWS_FRAME:
+                self._remember(header, payload, offset)
+        file.truncate(end)
+        self._durable[:] = self._next
+
+    def _remember(self, header: FrameHeader, payload: bytes, offset: int) -> None:
+        self._blocks.append(header)
+        self._offsets.append(offset)
+        first, last = self._documents_of(header.row, header.row + header.rows)
+        ends = np.minimum(header.row + header.rows, self._starts[first + 1 : last + 1])
+        self._next[first:last] = ends - self._starts[first:last]
+        if self._corpus is not None:
+            begun = self._begun_in(header.row, header.row + header.rows)
+            self._digests[begun] = np.frombuffer(payload, "<u8", len(begun))
+        names = tuple(name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1)
+        self._columns = names
+
+    def _documents_of(self, row: int, end: int) -> tuple[int, int]:
+        first = int(np.searchsorted(self._starts, row, "right")) - 1
+        return first, int(np.searchsorted(self._starts, end, "left"))
+
+    def _begun_in(self, row: int, end: int) -> np.ndarray:
+        """Non-empty documents whose first row is in [row, end)."""
+        first, last = np.searchsorted(self._starts[:-1], [row, end], "left")
+        documents = np.arange(first, last)
+        return documents[self._starts[documents] < self._starts[documents + 1]]
+
+    def _enqueue(self, row: int, rows: RaggedRows) -> None:
+        start = self._pending_end.pop(row, row)
+        self._pending.setdefault(start, []).append(rows)
+        self._pending_end[row + len(rows)] = start
+        self._pending_entries += len(rows.ids)
+
+    def _write_pending(self) -> None:
+        """Writes the buffered rows, neighbouring documents in common blocks."""
+        for row, parts in self._joined_runs():
+            rows = RaggedRows.concatenate(parts)
+            for start in range(0, len(rows), BLOCK_ROWS):
+                self._write_block(row + start, rows[start : start + BLOCK_ROWS])
+        self._pending.clear()
+        self._pending_end.clear()
+        self._pending_entries = 0
+
+    def _joined_runs(self) -> Iterator[tuple[int, list[RaggedRows]]]:
+        ends = {start: end for end, start in self._pending_end.items()}
+        run: tuple[int, list[RaggedRows]] | None = None
+        run_end = -1
+        for start in sorted(self._pending):
+            if run is not None and start == run_end:
+                run[1].extend(self._pending[start])
+            else:
+                if run is not None:
+                    yield run
+                run = (start, list(self._pending[start]))
+            run_end = ends[start]
+        if run is not None:
+            yield run
+
+    def _write_block(self, row: int, rows: RaggedRows) -> None:
+        assert self._file is not None
+        begun = self._begun_in(row, row + len(rows)) if self._corpus is not None else []
+        frame = encode_frame(rows, row, self._digests[begun])
+        self._offsets.append(self._file.append(frame))
+        header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
+        assert header is not None
+        self._blocks.append(header)
+
+    def _write_index(self) -> None:
+        assert self._file is not None
+        rows = np.array([block.row for block in self._blocks], np.uint64)
+        order = np.argsort(rows)
+        table = np.stack([rows, np.array(self._offsets, np.uint64)], axis=1)[order]
+        parts = [self._starts.astype("<u8").tobytes()]
+        if self._corpus is not None:
+            parts.append(self._digests.astype("<u8").tobytes())
+        index = b"".join([*parts, table.astype("<u8").tobytes()])
+        offset = self._file.append(index)
+        crcs = page_crcs(index)
+        self._file.append(crcs)
+        columns = 0
+        for block in self._blocks:
+            columns |= block.columns
+        footer = Footer(
+            self._file.end + Footer.BYTES,
+            offset,
+            len(index),
+            len(self._blocks),
+            sum(block.entries for block in self._blocks),
+            max((block.max_count for block in self._blocks), default=0),
+            columns,
+            zlib.crc32(self._header),
+        )
+        self._file.append(footer.to_bytes())
+
+    def _check_complete(self) -> None:
+        missing = np.flatnonzero(self._next < np.diff(self._starts))
+        if len(missing):
+            index = int(missing[0])
+            raise StoreError(
+                f"{self._final}: {len(missing)} of {len(self._next)} documents are not complete, "
+                f"the first is document {self.documents[index]} with {self._next[index]} of "
+                f"{self._length(index)} rows. Append the rest; what is there is kept."
+            )
+
+    def _check_overlap(self) -> None:
+        for entry in self.path.iterdir():
+            other = parse_shard_name(entry.name.removesuffix(PARTIAL_SUFFIX))
+            if other and other != self.documents and _overlap(other, self.documents):
+                raise StoreError(
+                    f"{entry}: holds documents {other.start} to {other.stop - 1}, which overlap "
+                    f"this writer's {self.documents.start} to {self.documents.stop - 1}. Give "
+                    "every writer its own documents, and keep the split when a dump restarts."
+                )
+
+    def _check_columns(self, document: int, rows: TeacherRows) -> None:
+        names = tuple(name for name in COLUMNS if name in rows.columns)
+        if unknown := set(rows.columns) - set(COLUMNS):
+            raise StoreError(f"document {document}: unknown columns {unknown}, known: {COLUMNS}.")
+        if self._columns is None:
+            self._columns = names
+        if names != self._columns:
+            raise StoreError(
+                f"document {document}: rows come with columns {names}, earlier ones had "
+                f"{self._columns}. All rows of a shard have the same columns."
+            )
+
+    def _checked_document(self, document: int) -> int:
+        if document not in self.documents:
+            raise StoreError(
+                f"{self._final.name}: document {document} is not in this shard, which holds "
+                f"{self.documents.start} to {self.documents.stop - 1}."
+            )
+        return document - self.documents.start
+
+    def _checked_position(self, document: int, offset: int, rows: int) -> int:
+        index = self._checked_document(document)
+        if self._file is None:
+            raise StoreError(f"{self._final}: the shard is finished, nothing can be added to it.")
+        if offset != self._next[index]:
+            raise StoreError(
+                f"document {document}: rows must come in order; the next one is "
+                f"{self._next[index]}, but rows from {offset} were appended. "
+                "Start at written(document)."
+            )
+        if offset + rows > self._length(index):
+            raise StoreError(
+                f"document {document}: rows {offset} to {offset + rows - 1} appended, but it has "
+                f"{self._length(index)} tokens. Is this another corpus?"
+            )
+        return index
+
+    def _length(self, index: int) -> int:
+        return int(self._starts[index + 1] - self._starts[index])
+
+    def _token_digest(self, document: int) -> int:
+        assert self._corpus is not None
+        tokens = self._corpus.tokens(document)
+        expected = self._length(document - self.documents.start)
+        if len(tokens) != expected:
+            raise StoreError(
+                f"document {document}: the corpus has {len(tokens)} tokens, document_lengths says "
+                f"{expected}. Pass the lengths of this corpus."
+            )
+        return token_digest(tokens)
+
+
+def _frames(file: AppendFile) -> Iterator[tuple[FrameHeader, bytes, int]]:
+    """The whole frames at the start of an unfinished shard; ends at the first torn one."""
+    offset = ShardHeader.BYTES
+    while header := FrameHeader.from_bytes(file.read(offset, FrameHeader.BYTES)):
+        payload = file.read(offset + FrameHeader.BYTES, header.payload_bytes)
+        if len(payload) != header.payload_bytes or zlib.crc32(payload) != header.payload_crc:
+            return
+        yield header, payload, offset
+        offset += FrameHeader.BYTES + header.payload_bytes
+
+
+def _publish_manifest(path: Path, manifest: Manifest) -> None:
+    if not path.exists():
+        publish_once(path, manifest.to_bytes())
+    found = Manifest.from_bytes(path.read_bytes(), path)
+    for name in ("vocab_size", "documents", "rows", "lengths_digest", "draws", "metadata"):
+        there, here = getattr(found, name), getattr(manifest, name)
+        if there != here and Manifest.to_bytes(found) != Manifest.to_bytes(manifest):
+            raise StoreError(
+                f"{path}: the store was begun with {name} {there!r}, this writer has {here!r}. "
+                "Use the same settings on every rank and restart, or another path."
+            )
+
+
+def _overlap(a: range, b: range) -> bool:
+    return max(a.start, b.start) < min(a.stop, b.stop)
+
+
+def _checked_range(documents: range | None, total: int) -> range:
+    if documents is None:
+        return range(total)
+    if documents.step != 1 or not 0 <= documents.start <= documents.stop <= total:
+        raise StoreError(f"documents={documents}: not a contiguous part of {total} documents.")
+    return documents
+
+
+def _check_arguments(
+    path: str | Path, vocab_size: int, lengths: np.ndarray, codec: str, kind: str, draws: int
+) -> None:
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise StoreError(f"{path}: vocab_size {vocab_size} is not in [1, {MAX_VOCAB_SIZE}].")
+    if lengths.ndim != 1 or (lengths < 0).any():
+        raise StoreError(f"{path}: document_lengths must be a 1-D array of lengths >= 0.")
+    if codec not in CODECS:
+        raise StoreError(f"{path}: unknown codec {codec!r}; choose one of {sorted(CODECS)}.")
+    if (kind == "sampled") != (draws > 0) or kind not in ("top", "sampled"):
+        raise StoreError(
+            f"{path}: kind {kind!r} with draws {draws}; 'sampled' needs draws > 0, 'top' draws 0."
+        )
+
+
+def _check_rows(rows: TeacherRows, where: str, vocab_size: int) -> None:
+    n, width = rows.ids.shape
+    if rows.logprobs.shape != (n, width) or rows.counts.shape != (n,):
+        raise StoreError(
+            f"{where}: ids {rows.ids.shape}, logprobs {rows.logprobs.shape} and counts "
+            f"{rows.counts.shape} do not fit together; expected [n, K], [n, K] and [n]."
+        )
+    if n and (rows.counts.min() < 0 or rows.counts.max() > width):
+        raise StoreError(f"{where}: counts must be in [0, {width}].")
+    mask = np.arange(width) < rows.counts[:, None]
+    ids, logprobs = rows.ids[mask], rows.logprobs[mask]
+    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise StoreError(
+            f"{where}: ids from {ids.min()} to {ids.max()}, but the vocabulary has {vocab_size}."
+        )
+    if not np.isfinite(logprobs).all() or (logprobs > 1e-3).any():
+        raise StoreError(f"{where}: log-probabilities must be finite and at most 0.")
+    if (np.diff(rows.logprobs, axis=1)[mask[:, 1:]] > 0).any():
+        raise StoreError(f"{where}: the entries of a row must come by falling log-probability.")

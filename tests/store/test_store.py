@@ -1,0 +1,106 @@
+"""Rows come back as they went in, whatever the order, the pieces and the shards."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_rows import RandomCorpus, assert_rows_equal, random_rows
+
+from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
+
+VOCAB = 997
+
+
+def write_store(
+    path: Path, rng: np.random.Generator, corpus: RandomCorpus, bounds: list[int], **options
+) -> dict[int, TeacherRows]:
+    """Writes shards between `bounds`, documents in random order, in random pieces and flushes."""
+    expected = {
+        document: random_rows(rng, int(n), VOCAB, 12, options.pop("columns", False))
+        for document, n in enumerate(corpus.document_lengths)
+    }
+    for first, last in itertools.pairwise(bounds):
+        with LogitStoreWriter(
+            path,
+            vocab_size=VOCAB,
+            document_lengths=corpus.document_lengths,
+            metadata={"teacher": "random"},
+            corpus=corpus,
+            documents=range(first, last),
+            codec="exact",
+            **options,
+        ) as writer:
+            for document in rng.permutation(np.arange(first, last)).tolist():
+                rows = expected[document]
+                cuts = np.sort(rng.integers(0, len(rows) + 1, 2)).tolist()
+                for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+                    writer.append(document, start, rows[start:stop])
+                if rng.random() < 0.1:
+                    writer.flush()
+                    assert writer.written(document) == len(rows)
+    return expected
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def test_random_access(tmp_path, rng):
+    corpus = RandomCorpus(rng, 60, VOCAB)
+    expected = write_store(tmp_path / "c.pd", rng, corpus, [0, 25, 25, 60])
+    store = LogitStore(tmp_path / "c.pd")
+    store.check_corpus(corpus, full=True)
+    np.testing.assert_array_equal(store.document_lengths, corpus.document_lengths)
+    assert store.metadata == {"teacher": "random"} and store.vocab_size == VOCAB
+    assert store.num_rows == corpus.document_lengths.sum()
+    assert store.num_entries == sum(rows.counts.sum() for rows in expected.values())
+    assert store.max_count == max(rows.counts.max(initial=0) for rows in expected.values())
+    for document, rows in expected.items():
+        start = int(rng.integers(0, len(rows) + 1))
+        stop = int(rng.integers(start, len(rows) + 1))
+        assert_rows_equal(store.read(document), rows)
+        assert_rows_equal(store.read(document, start, stop - start), rows[start:stop])
+
+
+def test_gather_cuts_and_pads(tmp_path, rng):
+    corpus = RandomCorpus(rng, 20, VOCAB)
+    expected = write_store(tmp_path / "c.pd", rng, corpus, [0, 20])
+    store = pickle.loads(pickle.dumps(LogitStore(tmp_path / "c.pd")))
+    spans = np.array([(d, n // 3, n - n // 3) for d, n in enumerate(corpus.document_lengths)])
+    rows = TeacherRows.concatenate([expected[d][int(o) : int(o + n)] for d, o, n in spans])
+    for width in (1, 5, 12, 20):
+        ids = np.full((len(rows), width), 7, np.int32)
+        logprobs = np.full((len(rows), width), 7, np.float32)
+        counts = np.full(len(rows), 7, np.int32)
+        store.gather(spans, ids, logprobs, counts)
+        cut = TeacherRows(
+            rows.ids[:, :width], rows.logprobs[:, :width], np.minimum(rows.counts, width)
+        )
+        assert_rows_equal(TeacherRows(ids, logprobs, counts), cut)
+
+
+def test_missing_shard_is_refused_or_reads_empty(tmp_path, rng):
+    corpus = RandomCorpus(rng, 20, VOCAB)
+    expected = write_store(tmp_path / "c.pd", rng, corpus, [0, 8])
+    with pytest.raises(StoreError, match="12 of 20 documents are missing, first 8 to 19"):
+        LogitStore(tmp_path / "c.pd")
+    store = LogitStore(tmp_path / "c.pd", allow_partial=True)
+    assert store.missing_documents() == [range(8, 20)]
+    assert_rows_equal(store.read(3), expected[3])
+    assert_rows_equal(store.read(9, 0, 4), TeacherRows.empty(4))
+
+
+def test_other_corpus_is_refused(tmp_path, rng):
+    corpus = RandomCorpus(rng, 20, VOCAB)
+    write_store(tmp_path / "c.pd", rng, corpus, [0, 20])
+    longest = int(np.argmax(corpus.document_lengths))
+    corpus.tokens(longest)[-1] ^= 1
+    with pytest.raises(StoreError, match=f"document {longest} has other tokens"):
+        LogitStore(tmp_path / "c.pd").check_corpus(corpus)
