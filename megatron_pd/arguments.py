@@ -1,0 +1,594 @@
+"""The --pd-* flags: one frozen, validated PDConfig and the argparse group made from it.
+
+`PDConfig` is the one place that names an option, says what it does, gives its default and refuses
+what does not fit. A recipe fills in what the command line leaves open, among Megatron's own
+learning-rate flags too, before Megatron validates them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_pd.errors import UserError
+from megatron_pd.schedules import ALPHA_SCHEDULES, DECAY_STYLES, AlphaSchedule
+from megatron_pd.targets import check_truncation
+
+__all__ = [
+    "ADAPTIVE_TEMPERATURES",
+    "LOSSES",
+    "RECIPES",
+    "TAILS",
+    "PDConfig",
+    "add_pd_arguments",
+    "describe",
+    "diff",
+    "pd_config_from_args",
+    "resolve_schedule",
+    "total_samples",
+]
+
+LOSSES = ("nll", "kld", "reverse-kld", "jsd", "mse-prob", "mse-logit")
+TAILS = ("renormalize", "raw", "ghost", "to-label", "decoupled", "sampled")
+ADAPTIVE_TEMPERATURES = ("normkd", "wttm", "adakd-sd", "adakd-h")
+
+# τ = temperature + slope · statistic: a peaked row (large std, small entropy) is softened more.
+_ADAPTIVE_SLOPES = {"adakd-sd": 0.5, "adakd-h": -0.25}
+_ADAPTIVE_BOUNDS = (0.5, 4.0)
+
+
+def _option(default: Any, help: str, **argparse_options: Any) -> Any:
+    """A PDConfig field with its one description; argparse_options go to add_argument."""
+    return field(default=default, metadata={"help": help, "argparse": argparse_options})
+
+
+@dataclass(frozen=True)
+class PDConfig:
+    """What pre-training distillation does in this run; creating one validates it (UserError).
+
+    A field that only some choices use (`jsd_beta`, the `alpha_*` lengths, the `adaptive_*`
+    constants) is None unless it is in effect, so a setting that would do nothing is refused.
+    """
+
+    store: tuple[str, ...] | None = _option(
+        None,
+        "Logit store of each --data-path prefix, in the same order. Default: <prefix>.pd beside "
+        "each corpus.",
+        nargs="+",
+        metavar="PATH",
+    )
+    loss: str = _option(
+        "kld",
+        "Divergence between the teacher's row and the student: soft cross entropy (nll), forward "
+        "KL (kld), reverse KL, Jensen-Shannon, or squared error of probabilities or of centred "
+        "logits.",
+        choices=LOSSES,
+    )
+    tail: str = _option(
+        "renormalize",
+        "What becomes of the teacher's mass outside its row: renormalize the row (the paper's Eq. "
+        "4), leave it out (raw), one bucket for it on both sides (ghost), give it to the "
+        "ground-truth token (to-label), ghost's mass with the row tempered by itself (decoupled), "
+        "or rows of random draws, which need none (sampled).",
+        choices=TAILS,
+    )
+    top_p: float | None = _option(
+        None,
+        "Cut the stored rows to the smallest set with this full-vocabulary mass, in (0, 1]; the "
+        "token that crosses it is kept. Default: all that is stored.",
+        type=float,
+    )
+    top_k: int | None = _option(
+        None, "Then keep the k likeliest entries. Default: all that is stored.", type=int
+    )
+    temperature: float = _option(
+        1.0,
+        "Temperature τ of the teacher's row, applied after truncation (Eq. 4); the constant of "
+        "--pd-adaptive-temperature.",
+        type=float,
+    )
+    student_temperature: float = _option(
+        1.0, "Temperature of the student in the distillation loss (the paper's is 1).", type=float
+    )
+    tau_squared: bool = _option(
+        False, "Multiply the distillation loss, and so its gradient, by τ² of the teacher."
+    )
+    adaptive_temperature: str | None = _option(
+        None,
+        "A temperature for each row: NormKD, WTTM, or AdaKD from the standard deviation (adakd-sd) "
+        "or the entropy (adakd-h) of the teacher's distribution. All but wttm need that statistic "
+        "in the store.",
+        choices=ADAPTIVE_TEMPERATURES,
+    )
+    adaptive_slope: float | None = _option(
+        None,
+        "adakd-*: τ = --pd-temperature + slope · statistic. Default: "
+        f"{_ADAPTIVE_SLOPES['adakd-sd']} for adakd-sd, {_ADAPTIVE_SLOPES['adakd-h']} for adakd-h.",
+        type=float,
+    )
+    adaptive_min: float | None = _option(
+        None,
+        f"Lowest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[0]}.",
+        type=float,
+    )
+    adaptive_max: float | None = _option(
+        None,
+        f"Highest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[1]}.",
+        type=float,
+    )
+    jsd_beta: float | None = _option(
+        None, "jsd: the teacher's weight β in the mixture, in (0, 1). Default: 0.5.", type=float
+    )
+    alpha: float = _option(
+        0.9,
+        "Weight α of the distillation loss, L = (1 − α)·L_lm + α·L_kd; the highest one where it "
+        "follows a schedule.",
+        type=float,
+    )
+    alpha_schedule: str = _option(
+        "constant",
+        "How α moves over the run; wsd is warmup, stable, decay, with the phases of the learning "
+        "rate's own WSD schedule where it has one.",
+        choices=ALPHA_SCHEDULES,
+    )
+    alpha_min: float | None = _option(None, "Lowest α of a schedule. Default: 0.", type=float)
+    alpha_warmup: float | None = _option(
+        None,
+        "wsd: length of α's rise; below 1 a share of the run, else a number of samples. Default: "
+        "the warmup of a WSD learning rate, else 0.1.",
+        type=float,
+    )
+    alpha_decay: float | None = _option(
+        None,
+        "wsd: length of α's fall, likewise. Default: the decay of a WSD learning rate, else 0.01.",
+        type=float,
+    )
+    alpha_decay_style: str | None = _option(
+        None,
+        "wsd: curve of α's fall. Default: --lr-wsd-decay-style of a WSD learning rate, else "
+        "cosine.",
+        choices=DECAY_STYLES,
+    )
+    alpha_period: float | None = _option(
+        None,
+        "period: length of one cycle, a cosine from the lowest α up and back; below 1 a share of "
+        "the run, else a number of samples. Default: 0.1.",
+        type=float,
+    )
+    recipe: str | None = _option(
+        None,
+        "A published combination that fills in whatever the command line leaves open.",
+        choices=("pd-star", "vanilla", "online"),
+    )
+    loss_chunk_tokens: int | None = _option(
+        None,
+        "Compute the output layer and the losses for so many tokens at a time and again in the "
+        "backward pass, so that the logits of the rest never exist. Default: all at once.",
+        type=int,
+    )
+
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            object.__setattr__(self, "store", tuple(self.store))
+        _check_choices(self)
+        _fill_dependent_fields(self)
+        check_truncation(self.top_p, self.top_k)
+        _check_temperatures(self)
+        _check_alpha(self)
+        _check_combinations(self)
+
+    @property
+    def needs_tempered_student(self) -> bool:
+        """Whether the loss needs the student's full-vocabulary log-softmax at
+        `student_temperature` beside the one at 1: not where only the row is tempered."""
+        return (
+            self.student_temperature != 1.0
+            and self.tail in ("renormalize", "raw", "to-label")
+            and self.loss != "mse-logit"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--pd-" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------ validation
+
+
+def _check_choices(config: PDConfig) -> None:
+    for option in fields(config):
+        choices = option.metadata["argparse"].get("choices")
+        value = getattr(config, option.name)
+        if choices and value is not None and value not in choices:
+            raise UserError(
+                f"{_flag(option.name)} is {value!r}; it must be one of {', '.join(choices)}."
+            )
+
+
+def _fill_dependent_fields(config: PDConfig) -> None:
+    """Give each field that is in effect its default; refuse one that is set and is not."""
+    adaptive = config.adaptive_temperature
+    in_effect: dict[str, tuple[bool, str, Any]] = {
+        "jsd_beta": (config.loss == "jsd", "--pd-loss jsd", 0.5),
+        "alpha_min": (
+            config.alpha_schedule != "constant",
+            "an --pd-alpha-schedule that moves",
+            0.0,
+        ),
+        "alpha_warmup": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_decay": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_decay_style": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_period": (config.alpha_schedule == "period", "--pd-alpha-schedule period", 0.1),
+        "adaptive_slope": (
+            adaptive in _ADAPTIVE_SLOPES,
+            "--pd-adaptive-temperature adakd-sd or adakd-h",
+            _ADAPTIVE_SLOPES.get(adaptive or ""),
+        ),
+    }
+    for bound, default in zip(("adaptive_min", "adaptive_max"), _ADAPTIVE_BOUNDS, strict=True):
+        in_effect[bound] = (
+            adaptive not in (None, "wttm"),
+            "--pd-adaptive-temperature normkd, adakd-sd or adakd-h",
+            default,
+        )
+    for name, (used, user, default) in in_effect.items():
+        value = getattr(config, name)
+        if value is not None and not used:
+            raise UserError(
+                f"{_flag(name)} is {value}, which nothing uses: it belongs to {user}. Leave it out "
+                "or choose that."
+            )
+        if value is None and used:
+            object.__setattr__(config, name, default)
+
+
+def _check_temperatures(config: PDConfig) -> None:
+    for name in ("temperature", "student_temperature", "adaptive_min", "adaptive_max"):
+        value = getattr(config, name)
+        # adakd-* adds the slope's part to it, so there the constant may be 0 or less.
+        is_offset = name == "temperature" and config.adaptive_temperature in _ADAPTIVE_SLOPES
+        if value is not None and (not math.isfinite(value) or (value <= 0 and not is_offset)):
+            raise UserError(f"{_flag(name)} is {value}; a temperature must be a number above 0.")
+    low, high = config.adaptive_min, config.adaptive_max
+    if low is not None and high is not None and low > high:
+        raise UserError(
+            f"--pd-adaptive-min is {low} and --pd-adaptive-max {high}; the first must not be the "
+            "larger one."
+        )
+
+
+def _check_alpha(config: PDConfig) -> None:
+    for name in ("alpha", "alpha_min"):
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise UserError(
+                f"{_flag(name)} is {value}; α weighs two losses against each other and must lie in "
+                "[0, 1]."
+            )
+    if config.alpha_min is not None and config.alpha_min > config.alpha:
+        raise UserError(
+            f"--pd-alpha-min is {config.alpha_min} and --pd-alpha, the highest α, is only "
+            f"{config.alpha}; give the smaller one to --pd-alpha-min."
+        )
+    for name in ("alpha_warmup", "alpha_decay", "alpha_period"):
+        value = getattr(config, name)
+        if value is not None and (not math.isfinite(value) or value < 0):
+            raise UserError(
+                f"{_flag(name)} is {value}; give a share of the run below 1, or a number of "
+                "samples."
+            )
+        if value is not None and value >= 1 and value != int(value):
+            raise UserError(
+                f"{_flag(name)} is {value}; from 1 on it is a number of samples and must be whole. "
+                "Below 1 it is a share of the run."
+            )
+    if config.alpha_period == 0:
+        raise UserError("--pd-alpha-period is 0; a cycle must take some time.")
+    if config.loss_chunk_tokens is not None and config.loss_chunk_tokens < 1:
+        raise UserError(
+            f"--pd-loss-chunk-tokens is {config.loss_chunk_tokens}; a chunk has 1 token or more. "
+            "Leave it out to compute all tokens at once."
+        )
+
+
+def _check_combinations(config: PDConfig) -> None:
+    if config.jsd_beta is not None and not 0.0 < config.jsd_beta < 1.0:
+        raise UserError(
+            f"--pd-jsd-beta is {config.jsd_beta}; it must lie in (0, 1). At the ends the "
+            "divergence is 0 everywhere: use --pd-loss kld or reverse-kld for what it tends to."
+        )
+    if config.loss == "mse-logit" and config.tail not in ("renormalize", "sampled"):
+        raise UserError(
+            f"--pd-tail is {config.tail}, and --pd-loss mse-logit compares the centred logits of "
+            "the kept tokens alone, so the tail has no part in it. Leave --pd-tail out."
+        )
+    if config.tail == "sampled":
+        _check_sampled(config)
+    if config.tau_squared and config.adaptive_temperature in ("normkd", "wttm"):
+        raise UserError(
+            f"--pd-tau-squared with --pd-adaptive-temperature {config.adaptive_temperature} would "
+            "weigh a row twice: that method has a weight of its own (normkd τ², wttm U). Leave "
+            "--pd-tau-squared out."
+        )
+
+
+def _check_sampled(config: PDConfig) -> None:
+    reason = (
+        "--pd-tail sampled reads rows of random draws, whose gradient is the dense one on average "
+        "only for a loss linear in the draws at temperature 1"
+    )
+    if config.loss not in ("nll", "kld"):
+        raise UserError(
+            f"{reason}; --pd-loss is {config.loss}. Choose nll or kld, or another --pd-tail with a "
+            "top-p-k store."
+        )
+    if config.temperature != 1.0 or config.adaptive_temperature or config.student_temperature != 1:
+        raise UserError(
+            f"{reason}. Leave out --pd-temperature, --pd-student-temperature and "
+            "--pd-adaptive-temperature."
+        )
+    if config.top_p not in (None, 1.0) or config.top_k is not None:
+        raise UserError(f"{reason}. Leave out --pd-top-p and --pd-top-k.")
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the --pd-* group: Megatron's `extra_args_provider`.
+
+    Returns a parser with all of `parser`'s arguments that also fills in what --pd-recipe says.
+    """
+    group = parser.add_argument_group(title="pre-training distillation")
+    group.add_argument(
+        "--pd",
+        action="store_true",
+        help="Distil with the defaults below; any other --pd-* flag turns it on too.",
+    )
+    for option in fields(PDConfig):
+        keywords = dict(option.metadata["argparse"])
+        if isinstance(option.default, bool):
+            keywords["action"] = "store_true"
+        if "type" in keywords:
+            keywords["metavar"] = option.name.rsplit("_", 1)[-1].upper()
+        shown = "" if option.default is None else f" Default: {option.default}."
+        group.add_argument(
+            _flag(option.name),
+            dest=f"pd_{option.name}",
+            default=None,
+            help=(option.metadata["help"] + shown).replace("%", "%%"),
+            **keywords,
+        )
+    return _RecipeParser(parents=[parser], add_help=False, allow_abbrev=False)
+
+
+def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
+    """The configuration that the flags ask for, or None where there is no --pd flag.
+
+    Raises:
+        UserError: naming the flag that does not fit and what to give instead.
+    """
+    given = {
+        option.name: value
+        for option in fields(PDConfig)
+        if (value := getattr(args, f"pd_{option.name}", None)) is not None
+    }
+    if not given and not getattr(args, "pd", False):
+        return None
+    return PDConfig(**given)
+
+
+# ------------------------------------------------------------------------------ α over a run
+
+
+def total_samples(args: argparse.Namespace) -> int:
+    """Samples of the whole run, as Megatron 0.19's scheduler counts them."""
+    if args.train_samples:
+        return args.train_samples
+    if args.train_iters:
+        return args.train_iters * args.global_batch_size
+    raise UserError(
+        "The run has no length, and the α schedule needs one: give --train-iters or "
+        "--train-samples."
+    )
+
+
+def resolve_schedule(config: PDConfig, args: argparse.Namespace) -> AlphaSchedule:
+    """The α schedule of this run, from validated Megatron arguments.
+
+    Use it as `alpha_at(schedule, args.consumed_train_samples, total_samples(args))`.
+
+    Raises:
+        UserError: where warmup and decay need more samples than the run has.
+    """
+    total = total_samples(args)
+    schedule: dict[str, Any] = {
+        "kind": config.alpha_schedule,
+        "max": config.alpha,
+        "min": config.alpha_min or 0.0,
+    }
+    if config.alpha_schedule == "period":
+        schedule["period"] = _share(config.alpha_period, total)
+    if config.alpha_schedule == "wsd":
+        phases = _lr_phases(args, total)
+        if config.alpha_warmup is not None:
+            phases["warmup"] = _share(config.alpha_warmup, total)
+        if config.alpha_decay is not None:
+            phases["decay"] = _share(config.alpha_decay, total)
+        if config.alpha_decay_style is not None:
+            phases["decay_style"] = config.alpha_decay_style
+        schedule.update(phases)
+    return AlphaSchedule(**schedule)
+
+
+def _share(length: float | None, total: int) -> float:
+    assert length is not None
+    return length if length < 1 else length / total
+
+
+def _lr_phases(args: argparse.Namespace, total: int) -> dict[str, Any]:
+    """The phases of a WSD learning rate, by the formulas of Megatron 0.19's
+    get_optimizer_param_scheduler; else those reported for the paper (10% warmup, 1% decay)."""
+    if args.lr_decay_style != "WSD":
+        return {"warmup": 0.1, "decay": 0.01, "decay_style": "cosine", "end": 1.0}
+    if args.train_samples:
+        unit = 1
+        end, decay = args.lr_decay_samples or args.train_samples, args.lr_wsd_decay_samples
+        warmup = args.lr_warmup_samples
+    else:
+        unit = args.global_batch_size
+        end, decay = args.lr_decay_iters or args.train_iters, args.lr_wsd_decay_iters
+        warmup = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * end
+    if decay is None:
+        raise UserError(
+            "--lr-decay-style is WSD and the length of its decay is not given, so α cannot follow "
+            "it: give --lr-wsd-decay-iters (or --lr-wsd-decay-samples with --train-samples)."
+        )
+    return {
+        "warmup": warmup * unit / total,
+        "decay": decay * unit / total,
+        "decay_style": args.lr_wsd_decay_style,
+        "end": end * unit / total,
+    }
+
+
+# ------------------------------------------------------------------------------ recipes
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    options: Mapping[str, Any]
+    """PDConfig fields."""
+
+    lr_decay_style: str
+    """Megatron's --lr-decay-style."""
+
+
+_RECIPES: dict[str, _Recipe] = {
+    # arXiv 2410.16215, appendix A.6.
+    "pd-star": _Recipe(
+        {
+            "loss": "kld",
+            "tail": "renormalize",
+            "top_p": 0.95,
+            "top_k": 50,
+            "temperature": 2.0,
+            "alpha": 0.9,
+            "alpha_schedule": "wsd",
+        },
+        "WSD",
+    ),
+    # §3.1, the starting point of the paper's exploration.
+    "vanilla": _Recipe(
+        {
+            "loss": "nll",
+            "tail": "renormalize",
+            "top_p": 0.95,
+            "top_k": 100,
+            "temperature": 1.0,
+            "alpha": 1.0,
+            "alpha_schedule": "constant",
+        },
+        "cosine",
+    ),
+    # §3.5, logits kept while the teacher itself was trained (Online-100B*).
+    "online": _Recipe(
+        {
+            "loss": "nll",
+            "tail": "renormalize",
+            "top_p": 0.95,
+            "top_k": 50,
+            "temperature": 1.0,
+            "alpha": 0.1,
+            "alpha_schedule": "constant",
+        },
+        "cosine",
+    ),
+}
+RECIPES = tuple(_RECIPES)
+
+
+class _RecipeParser(argparse.ArgumentParser):
+    """Applies --pd-recipe between parsing and Megatron's validation, which has no hook there."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        argv: Sequence[str] = sys.argv[1:] if args is None else args
+        parsed, unknown = super().parse_known_args(argv, namespace)
+        given = {argument.partition("=")[0] for argument in argv}
+        parsed.pd_recipe_set = _apply_recipe(parsed, given)
+        return parsed, unknown
+
+
+def _apply_recipe(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Fill in what the flags in `given` leave open; return the flags that were set."""
+    if getattr(args, "pd_recipe", None) is None:
+        return []
+    recipe = _RECIPES[args.pd_recipe]
+    report = []
+    for name, value in recipe.options.items():
+        if getattr(args, f"pd_{name}") is None:
+            setattr(args, f"pd_{name}", value)
+            report.append(f"{_flag(name)} {value}")
+    for name, value in _lr_settings(recipe, args, given).items():
+        setattr(args, name, value)
+        report.append(f"--{name.replace('_', '-')} {value}")
+    return report
+
+
+def _lr_settings(
+    recipe: _Recipe, args: argparse.Namespace, given: set[str]
+) -> dict[str, str | float | int]:
+    if "--lr-decay-style" in given and args.lr_decay_style != recipe.lr_decay_style:
+        return {}
+    settings: dict[str, str | float | int] = {}
+    if "--lr-decay-style" not in given:
+        settings["lr_decay_style"] = recipe.lr_decay_style
+    if not given & {"--lr-warmup-fraction", "--lr-warmup-iters", "--lr-warmup-samples"}:
+        settings["lr_warmup_fraction"] = 0.1
+    if recipe.lr_decay_style == "WSD":
+        if "--lr-wsd-decay-style" not in given:
+            settings["lr_wsd_decay_style"] = "cosine"
+        unit = "samples" if args.train_samples else "iters"
+        length = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if getattr(args, f"lr_wsd_decay_{unit}") is None and length:
+            settings[f"lr_wsd_decay_{unit}"] = max(1, round(0.01 * length))
+    return settings
+
+
+# ------------------------------------------------------------------------------ record
+
+
+def describe(config: PDConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values, for the log and the checkpoint."""
+    return {
+        option.name: list(value) if isinstance(value, tuple) else value
+        for option in fields(config)
+        for value in [getattr(config, option.name)]
+    }
+
+
+def diff(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
+    """What changed between two `describe`d configurations, one sentence each; None is no PD."""
+    if old is None or new is None:
+        if old is None and new is None:
+            return []
+        return [
+            f"Distillation was {'off' if old is None else 'on'} and is now "
+            f"{'on' if old is None else 'off'}."
+        ]
+    return [
+        f"{_flag(name)} was {_shown(old, name)} and is now {_shown(new, name)}."
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _shown(description: Mapping[str, Any], name: str) -> str:
+    value = description.get(name)
+    return "unset" if value is None else str(value)

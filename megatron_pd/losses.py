@@ -1,0 +1,386 @@
+"""Distillation losses on sparse log-probabilities: small differentiable functions, no vocabulary.
+
+Axes: T any leading shape (tokens), K columns of a teacher row, M outcomes.
+
+1. The tail policy turns a row and the student's log-probabilities at its ids into two measures on
+   the same few outcomes: the kept tokens, and for some policies one more (the whole tail, or the
+   label). `Outcomes` holds them; docs/losses.md has each policy's formula, gradient and bias.
+2. The loss is a divergence of the two measures. They need not sum to 1, so reverse KL is taken in
+   its generalised form, Σ q·log(q/t) − q + t, which is least at q = t whatever the masses.
+
+The student's values are full-vocabulary log-probabilities, so gradients reach every logit through
+their own backward: with g = ∂L/∂logq it adds g at the ids and −(Σg)·p everywhere. Temperatures are
+the teacher's τ (after truncation, Eq. 4 of arXiv 2410.16215) and the student's τ_s.
+
+Precision: everything in the dtype of the student's log-probabilities (float32, or float64 in
+tests). Tails are −expm1 of a log-mass, never 1 − Σ; masked columns are filled before anything that
+could make them NaN, and nothing is clamped in a way that stops a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_pd.arguments import PDConfig
+from megatron_pd.errors import UserError
+from megatron_pd.targets import TeacherTargets, truncate
+
+__all__ = ["Outcomes", "distillation_loss", "mix", "row_temperature"]
+
+
+class Outcomes(NamedTuple):
+    """Two measures on the same outcomes."""
+
+    log_t: Tensor
+    """[T, M], the teacher's log-measure; no gradient."""
+
+    log_q: Tensor
+    """[T, M], the student's."""
+
+    mask: Tensor
+    """bool [T, M]: whether the outcome is one; elsewhere the two are finite and mean nothing."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One batch of teacher rows with the student's values, every row at least one entry long."""
+
+    ids: Tensor  # [T, K]
+    mask: Tensor  # [T, K]
+    log_t: Tensor  # [T, K], full vocabulary, τ = 1
+    tau: Tensor  # [T, 1]
+    log_q: Tensor  # [T, K], full vocabulary, τ_s = 1
+    tempered_log_q: Tensor  # [T, K], full vocabulary, at τ_s
+    student_tau: float
+    labels: Tensor  # [T]
+    label_log_q: Tensor  # [T], at τ_s = 1
+
+    @property
+    def log_mass(self) -> Tensor:
+        """[T, 1], log a of the teacher's kept mass."""
+        return _log_sum(self.log_t, self.mask)
+
+    @property
+    def log_tail(self) -> Tensor:
+        """[T, 1], log(1 − a); −inf where the rest is no more than rounding."""
+        tail = -torch.expm1(self.log_mass)
+        return torch.where(tail > _rounding(tail), tail, 0.0).log()
+
+    @property
+    def log_conditional(self) -> Tensor:
+        """[T, K], the teacher's log-distribution at τ given the row."""
+        return _log_softmax(self.log_t / self.tau, self.mask)
+
+
+def distillation_loss(
+    config: PDConfig,
+    teacher: TeacherTargets,
+    logq_TK: Tensor,
+    label_logq_T: Tensor,
+    labels_T: Tensor,
+    tempered_logq_TK: Tensor | None = None,
+) -> Tensor:
+    """Loss of each token against its teacher row.
+
+    Args:
+        config: loss, tail policy, temperatures and further truncation.
+        teacher: rows [T, K].
+        logq_TK: float32 or float64, the student's full-vocabulary log-probabilities at the
+            teacher's ids; 0 in padding.
+        label_logq_T: the same at the labels.
+        labels_T: integer ids of the next tokens.
+        tempered_logq_TK: `logq_TK` at `config.student_temperature`; needed exactly where
+            `config.needs_tempered_student`.
+
+    Returns:
+        [T] in the dtype of `logq_TK`, in nats; exactly 0 with exactly 0 gradient where a row has
+        no entry.
+
+    Raises:
+        ValueError: `tempered_logq_TK` is missing.
+        UserError: the store has no statistic that the adaptive temperature needs.
+    """
+    if config.needs_tempered_student and tempered_logq_TK is None:
+        raise ValueError(
+            f"--pd-tail {config.tail} with --pd-student-temperature {config.student_temperature} "
+            "needs the student's log-probabilities at that temperature as well; call "
+            "sparse_log_softmax again with temperature= and pass tempered_logq_TK."
+        )
+    if config.top_p is not None or config.top_k is not None:
+        teacher = truncate(teacher, config.top_p, config.top_k)
+    rows = _rows(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
+    if config.loss == "mse-logit":
+        loss_T = _centred_logit_error(rows)
+    else:
+        loss_T = _divergence(config)(_TAILS[config.tail](rows))
+    loss_T = loss_T * _row_weight(config, rows)
+    return torch.where(teacher.counts > 0, loss_T, 0.0)
+
+
+def mix(alpha: float, lm_T: Tensor, kd_T: Tensor, counts_T: Tensor) -> Tensor:
+    """Eq. 1, (1 − α)·L_lm + α·L_kd; a token without a teacher (count 0) has the LM loss alone."""
+    return torch.where(counts_T > 0, torch.lerp(lm_T, kd_T, alpha), lm_T)
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def _rows(
+    config: PDConfig,
+    teacher: TeacherTargets,
+    logq_TK: Tensor,
+    label_logq_T: Tensor,
+    labels_T: Tensor,
+    tempered_logq_TK: Tensor | None,
+) -> _Rows:
+    """Bring everything to one width and dtype; an empty row becomes K columns of value 0.
+
+    Such a row is finite under every formula, and `distillation_loss` drops its value.
+    """
+    mask_TK = teacher.mask | (teacher.counts == 0).unsqueeze(-1)
+    columns = mask_TK.shape[-1]
+    log_q = torch.where(mask_TK, logq_TK[..., :columns], 0.0)
+    tempered = log_q if tempered_logq_TK is None else tempered_logq_TK[..., :columns]
+    pad = (0, 1) if columns == 0 else (0, 0)
+    log_t = functional.pad(teacher.logprobs.to(log_q.dtype), pad)
+    return _Rows(
+        ids=functional.pad(teacher.ids, pad, value=-1),
+        mask=functional.pad(mask_TK, pad, value=True),
+        log_t=log_t,
+        tau=row_temperature(config, teacher).to(log_q.dtype),
+        log_q=functional.pad(log_q, pad),
+        tempered_log_q=functional.pad(torch.where(mask_TK, tempered, 0.0), pad),
+        student_tau=config.student_temperature,
+        labels=labels_T,
+        label_log_q=label_logq_T,
+    )
+
+
+def row_temperature(config: PDConfig, teacher: TeacherTargets) -> Tensor:
+    """The teacher's temperature of each row, float32 [T, 1].
+
+    The paper reports adaptive temperatures (Table 3) without its own formulas. Here, with c for
+    `--pd-temperature` and the result of all but wttm held in [`--pd-adaptive-min`, `-max`]:
+
+    - normkd: c · std of the teacher's logits (NormKD, arXiv 2308.00520), and the loss is multiplied
+      by τ². That paper tempers the student by its own std too; the student here keeps
+      `--pd-student-temperature`, as in this paper's Eq. 3 and 4.
+    - wttm: c everywhere, and the loss is multiplied by U = Σ t^(1/c) over the row (WTTM, arXiv
+      2402.11148, whose β is α / (1 − α) here).
+    - adakd-sd, adakd-h: c + slope · std, and c + slope · entropy in nats. The formula is ours: only
+      the statistics are known from the paper, by the methods' names.
+    """
+    constant = config.temperature
+    match config.adaptive_temperature:
+        case None | "wttm":
+            return torch.full_like(teacher.counts, 1, dtype=torch.float32).unsqueeze(-1) * constant
+        case "normkd":
+            tau_T = constant * _statistic(teacher.std, "standard deviation", config)
+        case "adakd-sd":
+            tau_T = constant + _slope(config) * _statistic(
+                teacher.std, "standard deviation", config
+            )
+        case _:
+            tau_T = constant + _slope(config) * _statistic(teacher.entropy, "entropy", config)
+    return tau_T.float().clamp(config.adaptive_min, config.adaptive_max).unsqueeze(-1)
+
+
+def _slope(config: PDConfig) -> float:
+    assert config.adaptive_slope is not None
+    return config.adaptive_slope
+
+
+def _statistic(statistic_T: Tensor | None, name: str, config: PDConfig) -> Tensor:
+    if statistic_T is None:
+        raise UserError(
+            f"--pd-adaptive-temperature {config.adaptive_temperature} needs the {name} of the "
+            "teacher's distribution for each row, and the logit store has none. Dump the teacher "
+            "again with its row statistics, or choose another temperature."
+        )
+    return statistic_T
+
+
+def _row_weight(config: PDConfig, rows: _Rows) -> Tensor:
+    """[T], factor of a row's loss and gradient."""
+    if config.adaptive_temperature == "wttm":
+        return _log_sum(rows.log_t / rows.tau, rows.mask).exp().squeeze(-1)
+    if config.tau_squared or config.adaptive_temperature == "normkd":
+        return rows.tau.square().squeeze(-1)
+    return torch.ones_like(rows.tau).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------ tail policies
+
+
+def _renormalize(rows: _Rows) -> Outcomes:
+    """Eq. 4: t = softmax(ℓ/τ) on the row, 0 off it. Gradient p − t."""
+    return Outcomes(rows.log_conditional, rows.tempered_log_q, rows.mask)
+
+
+def _raw(rows: _Rows) -> Outcomes:
+    """The row tempered within its own mass a. Gradient a·p − t."""
+    return Outcomes(rows.log_mass + rows.log_conditional, rows.tempered_log_q, rows.mask)
+
+
+def _sampled(rows: _Rows) -> Outcomes:
+    """The row's weights as they are, shares of random draws. Gradient (Σt)·p − t."""
+    return Outcomes(rows.log_t, rows.log_q, rows.mask)
+
+
+def _to_label(rows: _Rows) -> Outcomes:
+    """`raw`, and the tail's mass on the label, in its column or in one more."""
+    raw = _raw(rows)
+    is_label = (rows.ids == rows.labels.unsqueeze(-1)) & rows.mask
+    log_t = torch.where(is_label, torch.logaddexp(raw.log_t, rows.log_tail), raw.log_t)
+    extra = ~is_label.any(-1, keepdim=True) & torch.isfinite(rows.log_tail)
+    label_log_q = rows.label_log_q.unsqueeze(-1)
+    if rows.student_tau != 1.0:
+        # log q at τ_s is log q/τ_s plus one constant per row, which any kept column tells.
+        shift = (rows.tempered_log_q - rows.log_q / rows.student_tau)[..., :1]
+        label_log_q = label_log_q / rows.student_tau + shift
+    return _with_extra(Outcomes(log_t, raw.log_q, rows.mask), rows.log_tail, label_log_q, extra)
+
+
+def _ghost(rows: _Rows) -> Outcomes:
+    """The row and one bucket for all other tokens, on both sides: a vocabulary of K + 1, tempered
+    as such. Gradient at τ = 1: p − t on the row, p·(a − P)/(1 − P) off it, P the student's mass
+    on the row."""
+    log_rest = _log_complement(_log_sum(rows.log_q, rows.mask))
+    pair = Outcomes(rows.log_t, rows.log_q, rows.mask)
+    everywhere = torch.ones_like(log_rest, dtype=torch.bool)
+    log_t, log_q, mask = _with_extra(pair, rows.log_tail, log_rest, everywhere)
+    has_tail = torch.isfinite(rows.log_tail)
+    teacher_mask = torch.cat([rows.mask, has_tail], dim=-1)
+    if rows.student_tau != 1.0:
+        log_q = _log_softmax(log_q / rows.student_tau, mask)
+    return Outcomes(_log_softmax(log_t / rows.tau, teacher_mask), log_q, teacher_mask)
+
+
+def _decoupled(rows: _Rows) -> Outcomes:
+    """Masses of row and rest at τ = 1, as `ghost`; within the row, each side at its temperature.
+
+    KL of these K + 1 outcomes is KL(a ‖ P) of the two masses plus a · KL of the tempered
+    conditional distributions (LFM2, arXiv 2511.23404).
+    """
+    log_student_mass = _log_sum(rows.log_q, rows.mask)
+    log_q = log_student_mass + _log_softmax(rows.log_q / rows.student_tau, rows.mask)
+    kept = Outcomes(rows.log_mass + rows.log_conditional, log_q, rows.mask)
+    has_tail = torch.isfinite(rows.log_tail)
+    return _with_extra(kept, rows.log_tail, _log_complement(log_student_mass), has_tail)
+
+
+_TAILS: dict[str, Callable[[_Rows], Outcomes]] = {
+    "renormalize": _renormalize,
+    "raw": _raw,
+    "ghost": _ghost,
+    "to-label": _to_label,
+    "decoupled": _decoupled,
+    "sampled": _sampled,
+}
+
+
+def _with_extra(kept: Outcomes, log_t: Tensor, log_q: Tensor, mask: Tensor) -> Outcomes:
+    """`kept` with one more outcome, [T, 1] each."""
+    return Outcomes(
+        torch.cat([kept.log_t, torch.where(mask & torch.isfinite(log_t), log_t, 0.0)], dim=-1),
+        torch.cat([kept.log_q, torch.where(mask, log_q, 0.0)], dim=-1),
+        torch.cat([kept.mask, mask], dim=-1),
+    )
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+def _divergence(config: PDConfig) -> Callable[[Outcomes], Tensor]:
+    if config.loss == "jsd":
+        assert config.jsd_beta is not None
+        beta = config.jsd_beta
+        return lambda outcomes: _jsd(outcomes, beta)
+    return {"nll": _nll, "kld": _kld, "reverse-kld": _reverse_kld, "mse-prob": _mse_prob}[
+        config.loss
+    ]
+
+
+def _nll(outcomes: Outcomes) -> Tensor:
+    """Soft cross entropy, −Σ t·log q."""
+    log_t, log_q, mask = outcomes
+    return _sum(-log_t.exp() * log_q, mask)
+
+
+def _kld(outcomes: Outcomes) -> Tensor:
+    """Forward KL, Σ t·log(t/q)."""
+    log_t, log_q, mask = outcomes
+    return _sum(log_t.exp() * (log_t - log_q), mask)
+
+
+def _reverse_kld(outcomes: Outcomes) -> Tensor:
+    """Generalised reverse KL on the outcomes, Σ q·log(q/t) − q + t: off them, where the teacher's
+    mass is taken as unknown, nothing is charged."""
+    log_t, log_q, mask = outcomes
+    t, q = log_t.exp(), log_q.exp()
+    return _sum(q * (log_q - log_t) - q + t, mask)
+
+
+def _jsd(outcomes: Outcomes, beta: float) -> Tensor:
+    """β·KL(t ‖ m) + (1 − β)·KL(q ‖ m) with m = β·t + (1 − β)·q, over the whole vocabulary: off the
+    outcomes t is 0 and each unit of the student's mass costs −(1 − β)·log(1 − β)."""
+    log_t, log_q, mask = outcomes
+    log_m = torch.logaddexp(log_t + math.log(beta), log_q + math.log1p(-beta))
+    t, q = log_t.exp(), log_q.exp()
+    on = _sum(beta * t * (log_t - log_m) + (1 - beta) * q * (log_q - log_m), mask)
+    return on - (1 - beta) * math.log1p(-beta) * (1 - _sum(q, mask))
+
+
+def _mse_prob(outcomes: Outcomes) -> Tensor:
+    """Squared error of the probabilities, summed over the outcomes."""
+    log_t, log_q, mask = outcomes
+    return _sum((log_t.exp() - log_q.exp()).square(), mask)
+
+
+def _centred_logit_error(rows: _Rows) -> Tensor:
+    """Mean over the row of the squared difference of the two sides' logits, each divided by its
+    temperature and centred on its own mean: log-probabilities are logits up to that mean."""
+    length = rows.mask.sum(-1, keepdim=True)
+    gap = torch.where(rows.mask, rows.log_t / rows.tau - rows.log_q / rows.student_tau, 0.0)
+    centred = gap - gap.sum(-1, keepdim=True) / length
+    return _sum(centred.square(), rows.mask) / length.squeeze(-1)
+
+
+# ------------------------------------------------------------------------------ numerics
+
+
+def _sum(terms: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, terms, 0.0).sum(-1)
+
+
+def _log_sum(log_x: Tensor, mask: Tensor) -> Tensor:
+    """[T, 1]; every row of `mask` has a true column, so the result is finite."""
+    return log_x.masked_fill(~mask, -math.inf).logsumexp(-1, keepdim=True)
+
+
+def _log_softmax(log_x: Tensor, mask: Tensor) -> Tensor:
+    """Log-softmax over the masked columns; 0 in the others."""
+    return torch.where(mask, log_x - _log_sum(log_x, mask), 0.0)
+
+
+def _rounding(tail: Tensor) -> float:
+    """What 1 − a sum of rounded probabilities can be off by."""
+    return 8 * torch.finfo(tail.dtype).eps
+
+
+def _log_complement(log_mass: Tensor) -> Tensor:
+    """log(1 − exp(log_mass)) for the student, with a gradient also where rounding has left nothing.
+
+    Below the floor the value is the floor's and the slope that of a line through it, so that a
+    student that puts all its mass on the row is still pushed off it.
+    """
+    rest = -torch.expm1(log_mass)
+    floored = rest.detach().clamp(min=_rounding(rest))
+    return floored.log() + (rest - rest.detach()) / floored
