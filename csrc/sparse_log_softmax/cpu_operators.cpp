@@ -1,0 +1,264 @@
+// The operators on the CPU: rows are shared out over threads, a row's two loops are in cpu_rows_*.
+//
+// Passes over memory: forward reads the logits once; backward reads and writes them once, or writes
+// the gradient elsewhere. Besides those there are only [T], [T, K] and [T, 1+K] tensors.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "cpu_rows.h"
+#include "operators.h"
+#include "slot_map.h"
+
+namespace megatron_pd {
+namespace {
+
+RowKernels best_row_kernels(LogitType type) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return row_kernels_avx512(type);
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_kernels_avx2(type);
+#endif
+  return row_kernels_baseline(type);
+}
+
+template <class T>
+struct LogitTypeOf;
+template <>
+struct LogitTypeOf<float> {
+  static constexpr LogitType value = LogitType::kFloat32;
+};
+template <>
+struct LogitTypeOf<at::BFloat16> {
+  static constexpr LogitType value = LogitType::kBFloat16;
+};
+template <>
+struct LogitTypeOf<at::Half> {
+  static constexpr LogitType value = LogitType::kFloat16;
+};
+
+// The row loops for one logit type and its accumulation type.
+template <class Logit>
+struct RowLoops {
+  using Accumulator = float;
+  RowKernels kernels = best_row_kernels(LogitTypeOf<Logit>::value);
+
+  void statistics(const Logit* logits, int64_t count, float temperature, float* max, double* sum) const {
+    kernels.statistics(logits, count, temperature, max, sum);
+  }
+  void gradient(const Logit* logits, Logit* out, int64_t count, float temperature, float max,
+                float coefficient) const {
+    kernels.gradient(logits, out, count, temperature, max, coefficient);
+  }
+};
+
+// float64 is for checking gradients, so its loops are plain.
+template <>
+struct RowLoops<double> {
+  using Accumulator = double;
+
+  void statistics(const double* logits, int64_t count, double temperature, double* max, double* sum) const {
+    *max = -std::numeric_limits<double>::infinity();
+    *sum = 0.0;
+    for (int64_t v = 0; v < count; ++v) *max = logits[v] > *max ? logits[v] : *max;
+    const double shift = std::isinf(*max) && *max < 0 ? 0.0 : *max;
+    for (int64_t v = 0; v < count; ++v) *sum += std::exp((logits[v] - shift) / temperature);
+  }
+  void gradient(const double* logits, double* out, int64_t count, double temperature, double max,
+                double coefficient) const {
+    for (int64_t v = 0; v < count; ++v) out[v] = -coefficient * std::exp((logits[v] - max) / temperature);
+  }
+};
+
+// Rows per task: enough of them that a task is worth a thread's wake-up.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+
+template <class Number>
+Number of_row(const Number* values, int64_t count, int64_t row) {
+  return values[count == 1 ? 0 : row];
+}
+
+template <class Logit>
+void forward_rows(const at::Tensor& logits, const at::Tensor& ids_TK, const at::Tensor& temperature,
+                  const Shard& shard, at::Tensor& max_T, at::Tensor& sums_T) {
+  using Accumulator = typename RowLoops<Logit>::Accumulator;
+  const RowLoops<Logit> loops;
+  const RowLayout layout = row_layout(logits);
+  const Ids ids = ids_of(ids_TK);
+  const auto* data = logits.const_data_ptr<Logit>();
+  const auto* temperatures = temperature.const_data_ptr<Accumulator>();
+  auto* max = max_T.mutable_data_ptr<Accumulator>();
+  auto* sums = sums_T.mutable_data_ptr<Accumulator>();
+
+  at::parallel_for(0, ids_TK.size(0), grain(shard.columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Logit* z = data + layout.offset(row);
+      Accumulator* out = sums + row * (1 + ids.count);
+      double sum;
+      loops.statistics(z, shard.live_columns, of_row(temperatures, temperature.numel(), row), max + row, &sum);
+      out[0] = static_cast<Accumulator>(sum);
+      for (int64_t j = 0; j < ids.count; ++j) {
+        const int64_t id = ids.at(row, j);
+        TORCH_CHECK_INDEX(id == kPaddingId || shard.is_known(id), "ids[", row, ", ", j, "] is ", id,
+                          ": expected -1 (padding) or a vocabulary id from 0 to ", shard.vocab_size - 1, ".");
+        const int64_t column = id == kPaddingId ? -1 : shard.column(id);
+        out[1 + j] = column < 0 ? Accumulator(0) : static_cast<Accumulator>(z[column]);
+      }
+    }
+  });
+}
+
+// One row's gradient: g·(1[v = id] summed over the ids − Σg·softmax), with Σg less the gradient of lse.
+template <class Logit>
+class GradientOfRow {
+ public:
+  using Accumulator = typename RowLoops<Logit>::Accumulator;
+
+  GradientOfRow(const Shard& shard, const Ids& ids) : shard_(shard), ids_(ids), slots_(ids.count), totals_(ids.count) {}
+
+  // `sums` and `grad_logq` are the row's own; `z` and `out` may be the same memory.
+  void operator()(const Logit* z, Logit* out, int64_t row, Accumulator temperature, Accumulator max,
+                  const Accumulator* sums, const Accumulator* grad_logq, Accumulator grad_lse) {
+    double mass = -static_cast<double>(grad_lse);
+    for (int64_t j = 0; j < ids_.count; ++j) {
+      if (ids_.at(row, j) != kPaddingId) mass += grad_logq[j];
+    }
+    const auto coefficient = static_cast<Accumulator>(mass / (static_cast<double>(sums[0]) * temperature));
+    const int64_t live = shard_.live_columns;
+    // A row without gradient (a masked token) isn't even read, so that what it holds can't matter.
+    const bool dense = mass != 0.0;
+    if (dense) loops_.gradient(z, out, live, temperature, max, coefficient);
+    std::fill(out + (dense ? live : 0), out + shard_.columns, Logit(0));
+    add_chosen(out, row, temperature, max, dense ? coefficient : Accumulator(0), sums, grad_logq);
+  }
+
+ private:
+  // An id may stand in several columns (the label is often a teacher's token too): its gradients are
+  // added in column order before the one rounding to the logits' type.
+  void add_chosen(Logit* out, int64_t row, Accumulator temperature, Accumulator max, Accumulator coefficient,
+                  const Accumulator* sums, const Accumulator* grad_logq) {
+    slots_.clear();
+    for (int64_t j = 0; j < ids_.count; ++j) {
+      const int64_t id = ids_.at(row, j);
+      const int64_t column = id == kPaddingId ? -1 : shard_.column(id);
+      if (column < 0) continue;
+      const auto [slot, is_new] = slots_.find_or_add(column);
+      if (is_new) {
+        const Accumulator dense =
+            coefficient == 0 ? Accumulator(0) : coefficient * std::exp((sums[1 + j] - max) / temperature);
+        totals_[slot] = {column, -dense};
+      }
+      totals_[slot].value += grad_logq[j] / temperature;
+    }
+    for (int64_t slot = 0; slot < slots_.size(); ++slot) out[totals_[slot].column] = static_cast<Logit>(totals_[slot].value);
+  }
+
+  struct Total {
+    int64_t column;
+    Accumulator value;
+  };
+
+  Shard shard_;
+  Ids ids_;
+  RowLoops<Logit> loops_;
+  SlotMap slots_;
+  std::vector<Total> totals_;
+};
+
+struct BackwardInputs {
+  const at::Tensor &ids, &temperature, &max, &sums, &grad_logq, &grad_lse;
+};
+
+template <class Logit>
+void backward_rows(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in, const Shard& shard) {
+  using Accumulator = typename RowLoops<Logit>::Accumulator;
+  const RowLayout layout = row_layout(logits), out_layout = row_layout(gradient);
+  const Ids ids = ids_of(in.ids);
+  const auto* z = logits.const_data_ptr<Logit>();
+  auto* out = gradient.mutable_data_ptr<Logit>();
+  const auto* temperatures = in.temperature.const_data_ptr<Accumulator>();
+  const auto* max = in.max.const_data_ptr<Accumulator>();
+  const auto* sums = in.sums.const_data_ptr<Accumulator>();
+  const auto* grad_logq = in.grad_logq.const_data_ptr<Accumulator>();
+  const auto* grad_lse = in.grad_lse.const_data_ptr<Accumulator>();
+
+  at::parallel_for(0, in.ids.size(0), grain(shard.columns), [&](int64_t begin, int64_t end) {
+    GradientOfRow<Logit> gradient_of_row(shard, ids);
+    for (int64_t row = begin; row < end; ++row) {
+      gradient_of_row(z + layout.offset(row), out + out_layout.offset(row), row,
+                      of_row(temperatures, in.temperature.numel(), row), max[row], sums + row * (1 + ids.count),
+                      grad_logq + row * ids.count, grad_lse[row]);
+    }
+  });
+}
+
+// Calls `function` with a value of the logits' C++ type.
+template <class Function>
+void for_logit_type(at::ScalarType type, const Function& function) {
+  switch (type) {
+    case at::kDouble:
+      return function(double());
+    case at::kFloat:
+      return function(float());
+    case at::kBFloat16:
+      return function(at::BFloat16());
+    case at::kHalf:
+      return function(at::Half());
+    default:
+      TORCH_CHECK_TYPE(false, "logits must be float64, float32, bfloat16 or float16; got ", type, ".");
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& ids,
+                                           const at::Tensor& temperature, int64_t first_id, int64_t vocab_size) {
+  check_logits_and_ids(logits, ids, temperature);
+  const auto options = logits.options().dtype(accumulation_type(logits));
+  at::Tensor max = at::empty({ids.size(0)}, options);
+  at::Tensor sums = at::empty({ids.size(0), 1 + ids.size(1)}, options);
+  const Shard shard = shard_of(logits, first_id, vocab_size);
+  for_logit_type(logits.scalar_type(), [&](auto logit) {
+    forward_rows<decltype(logit)>(logits, ids, temperature, shard, max, sums);
+  });
+  return {max, sums};
+}
+
+void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in, int64_t first_id,
+                   int64_t vocab_size) {
+  check_logits_and_ids(logits, in.ids, in.temperature);
+  check_row_tensors(logits, in.ids, in.max, in.sums, in.grad_logq, in.grad_lse);
+  const Shard shard = shard_of(logits, first_id, vocab_size);
+  for_logit_type(logits.scalar_type(),
+                 [&](auto logit) { backward_rows<decltype(logit)>(logits, gradient, in, shard); });
+}
+
+at::Tensor backward(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature,
+                    const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
+                    const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
+  at::Tensor gradient = at::empty(logits.sizes(), logits.options());
+  backward_into(logits, gradient, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id, vocab_size);
+  return gradient;
+}
+
+void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature, const at::Tensor& max,
+               const at::Tensor& sums, const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id,
+               int64_t vocab_size) {
+  backward_into(logits, logits, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id, vocab_size);
+}
+
+}  // namespace
+}  // namespace megatron_pd
+
+TORCH_LIBRARY_IMPL(megatron_pd, CPU, library) {
+  library.impl("sparse_log_softmax_forward", &megatron_pd::forward);
+  library.impl("sparse_log_softmax_backward", &megatron_pd::backward);
+  library.impl("sparse_log_softmax_backward_", &megatron_pd::backward_);
+}

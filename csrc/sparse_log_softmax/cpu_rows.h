@@ -1,0 +1,30 @@
+// The two loops over one row of logits, for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace megatron_pd {
+
+enum class LogitType { kFloat32, kBFloat16, kFloat16 };
+
+// Largest logit and Σ exp((z − max)/temperature) of `count` logits, read once.
+// A row without finite logits gives (−inf, 0); a NaN anywhere makes the sum NaN.
+using RowStatistics = void (*)(const void* logits, int64_t count, float temperature, float* max,
+                               double* sum);
+
+// gradient[v] = −coefficient · exp((z[v] − max)/temperature); `gradient` may be `logits`.
+using RowGradient = void (*)(const void* logits, void* gradient, int64_t count, float temperature,
+                             float max, float coefficient);
+
+struct RowKernels {
+  RowStatistics statistics;
+  RowGradient gradient;
+};
+
+RowKernels row_kernels_baseline(LogitType type);
+#if defined(__x86_64__)
+RowKernels row_kernels_avx2(LogitType type);
+RowKernels row_kernels_avx512(LogitType type);
+#endif
+
+}  // namespace megatron_pd

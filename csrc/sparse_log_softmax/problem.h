@@ -1,0 +1,60 @@
+// What one call is about, in plain numbers: shared by the CPU and the CUDA kernels.
+//
+// T rows (tokens), V columns (this rank's shard of the vocabulary), K ids per row.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MEGATRON_PD_HOST_DEVICE __host__ __device__
+#else
+#define MEGATRON_PD_HOST_DEVICE
+#endif
+
+namespace megatron_pd {
+
+// Rows of a [outer, inner, V] tensor whose last stride is 1. Two leading dimensions are enough for
+// Megatron's [s, b, V] and for its transpose, so neither has to be copied.
+struct RowLayout {
+  int64_t inner;         // rows per outer index
+  int64_t outer_stride;  // elements
+  int64_t inner_stride;  // elements
+
+  // 64-bit throughout: rows × V passes 2^31 at 16,384 tokens of a 131,072-piece vocabulary.
+  MEGATRON_PD_HOST_DEVICE int64_t offset(int64_t row) const {
+    return (row / inner) * outer_stride + (row % inner) * inner_stride;
+  }
+};
+
+// Global vocabulary ids, [T, K] contiguous, −1 where a row has fewer than K.
+struct Ids {
+  const void* data;
+  bool is_64_bit;
+  int64_t count;  // K
+
+  MEGATRON_PD_HOST_DEVICE int64_t at(int64_t row, int64_t column) const {
+    const int64_t index = row * count + column;
+    return is_64_bit ? static_cast<const int64_t*>(data)[index]
+                     : static_cast<const int32_t*>(data)[index];
+  }
+};
+
+constexpr int64_t kPaddingId = -1;
+
+// The part of the vocabulary that this rank's logits hold.
+struct Shard {
+  int64_t first_id;      // global id of column 0
+  int64_t columns;       // V
+  int64_t live_columns;  // the columns of true vocabulary ids; the rest pads V and counts for nothing
+  int64_t vocab_size;    // true size of the whole vocabulary
+
+  MEGATRON_PD_HOST_DEVICE bool is_known(int64_t id) const { return id >= 0 && id < vocab_size; }
+
+  // Column of `id` on this rank, or −1 if another rank holds it.
+  MEGATRON_PD_HOST_DEVICE int64_t column(int64_t id) const {
+    const int64_t column = id - first_id;
+    return column >= 0 && column < live_columns ? column : -1;
+  }
+};
+
+}  // namespace megatron_pd

@@ -1,0 +1,75 @@
+"""Loads the compiled operators `torch.ops.megatron_pd.*` and tells torch their shapes.
+
+The CPU library defines the operators; the CUDA library, built where nvcc was found, adds kernels to
+them. Legend: S, B leading dimensions of the logits; T = S·B rows; V columns; K ids per row.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["has_cuda_kernels", "operators"]
+
+_FOLDER = Path(__file__).parent
+_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+_CPU_LIBRARY = _FOLDER / f"_sparse_log_softmax{_SUFFIX}"
+_CUDA_LIBRARY = _FOLDER / f"_sparse_log_softmax_cuda{_SUFFIX}"
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ImportError(
+            f"{library} doesn't load with torch {torch.__version__}, probably because it was built "
+            "against another one. Build it again: `make build`, or `pip install "
+            f"--no-build-isolation -e .` in the project's folder. The loader said: {error}"
+        ) from error
+
+
+def _load_libraries() -> None:
+    if not _CPU_LIBRARY.exists():
+        raise ImportError(
+            f"The compiled operators of megatron_pd aren't built: {_CPU_LIBRARY} is missing. "
+            "Build them: `make build`, or `pip install --no-build-isolation -e .` in the "
+            "project's folder."
+        )
+    _load(_CPU_LIBRARY)
+    if has_cuda_kernels():
+        _load(_CUDA_LIBRARY)
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the CUDA kernels were built with this installation."""
+    return _CUDA_LIBRARY.exists() and torch.version.cuda is not None
+
+
+_load_libraries()
+operators = torch.ops.megatron_pd
+
+
+def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("megatron_pd::sparse_log_softmax_forward")
+def _forward_shapes(
+    logits_SBV: Tensor, ids_TK: Tensor, temperature_T: Tensor, first_id: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    rows, count = ids_TK.shape
+    dtype = _accumulation_dtype(logits_SBV)
+    return logits_SBV.new_empty(rows, dtype=dtype), logits_SBV.new_empty(
+        rows, 1 + count, dtype=dtype
+    )
+
+
+@torch.library.register_fake("megatron_pd::sparse_log_softmax_backward")
+def _backward_shapes(logits_SBV: Tensor, *_: Tensor | int) -> Tensor:
+    return logits_SBV.new_empty(logits_SBV.shape)
+
+
+@torch.library.register_fake("megatron_pd::sparse_log_softmax_backward_")
+def _backward_in_place_shapes(logits_SBV: Tensor, *_: Tensor | int) -> None:
+    return None

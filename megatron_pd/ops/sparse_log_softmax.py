@@ -1,0 +1,200 @@
+"""Log-softmax of the student at chosen vocabulary ids, and its gradient, on vocabulary shards.
+
+    logq[t, j] = z[t, ids[t, j]]/τ − lse[t],   lse[t] = log Σ_v exp(z[t, v]/τ)
+    dz[t, v]   = (Σ_j g[t, j]·1[v = ids[t, j]] − (Σ_j g[t, j] − g_lse[t])·softmax(z_t/τ)[v]) / τ
+
+with g, g_lse the gradients of logq and lse. Every loss on the student's distribution that looks at
+K ids is a few lines on logq and lse, and the whole of it costs
+
+  forward   one read of the logits: per row the maximum, Σ exp and the K raw logits
+  backward  one read and one write of the logits, over their own buffer when asked
+
+in the logits' own dtype with float32 sums (float64 for float64 logits). No other tensor has the
+vocabulary's size. Saved for backward: the logits, the ids, and [T] and [T, 1+K] statistics.
+
+Tensor parallel: rank r of `tp_group` holds the ids [r·V, (r+1)·V). Forward does two all-reduces,
+the maximum [T] and one packed sum [T, 1+K]. Backward does none: the loss and so g is the same on
+all ranks, and the formula gives each rank the gradient of its own shard from the reduced
+statistics. An all-reduce that autograd sees would multiply the gradient by the number of ranks.
+
+Legend: S, B leading dimensions, T = S·B rows, V columns on this rank, K ids per row.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_pd.ops.library import has_cuda_kernels, operators
+
+__all__ = ["sparse_log_softmax"]
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def sparse_log_softmax(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(logq, lse)`: log_softmax(logits / temperature) at `ids`, and its log-sum-exp.
+
+    Args:
+        logits: [..., V] float64, float32, bfloat16 or float16; this rank's shard of the vocabulary.
+            Leading dimensions may be strided (a slice or transpose of [s, b, V] isn't copied).
+        ids: [..., K] int32 or int64 ids of the whole vocabulary, the same on all ranks. -1 is
+            padding: its logq is 0 and passes no gradient. Ids may repeat within a row.
+        temperature: a positive number, or a tensor that broadcasts to [...] (one per row). It gets
+            no gradient.
+        tp_group: the ranks over which the vocabulary is split evenly; None is one rank.
+        inplace_backward: the backward pass writes the gradient over the logits. Nothing else may
+            use the logits afterwards: a second backward through them raises.
+        vocab_size: true vocabulary size. Columns of ids from there on pad the vocabulary: they are
+            left out of lse and get a gradient of exactly 0. Default: V times the number of ranks.
+
+    Returns:
+        logq [..., K] and lse [...], float32 (float64 for float64 logits), the same on all ranks.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, temperature or vocab_size don't fit.
+        IndexError: an id is below -1 or not below `vocab_size`. On CUDA that would take a
+            synchronisation, so there such an id's logq is NaN instead.
+    """
+    ranks = 1 if tp_group is None else tp_group.size()
+    rank = 0 if tp_group is None else tp_group.rank()
+    _check(logits, ids, vocab_size, ranks)
+    columns, leading = logits.shape[-1], logits.shape[:-1]
+    logits_SBV = _as_rows(logits)
+    ids_TK = ids.reshape(-1, ids.shape[-1]).contiguous()
+    logq_TK, lse_T = _SparseLogSoftmax.apply(
+        logits_SBV,
+        ids_TK,
+        _temperature_per_row(temperature, logits, ids_TK.shape[0]),
+        rank * columns,
+        columns * ranks if vocab_size is None else vocab_size,
+        tp_group if ranks > 1 else None,
+        inplace_backward,
+    )
+    return logq_TK.view(ids.shape), lse_T.view(leading)
+
+
+class _SparseLogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_SBV: Tensor,
+        ids_TK: Tensor,
+        temperature_T: Tensor,
+        first_id: int,
+        vocab_size: int,
+        tp_group: dist.ProcessGroup | None,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor]:
+        max_T, sums_T = operators.sparse_log_softmax_forward(
+            logits_SBV, ids_TK, temperature_T, first_id, vocab_size
+        )
+        if tp_group is not None:
+            max_T, sums_T = _reduce_over_shards(max_T, sums_T, temperature_T, tp_group)
+        ctx.save_for_backward(logits_SBV, ids_TK, temperature_T, max_T, sums_T)
+        ctx.shard = first_id, vocab_size
+        ctx.inplace_backward = inplace_backward
+
+        # z − max first: it is exact where z and lse are large and close to each other.
+        log_sum_T = sums_T[:, 0].log()
+        from_max_TK = (sums_T[:, 1:] - max_T.unsqueeze(1)) / temperature_T.unsqueeze(1)
+        logq_TK = (from_max_TK - log_sum_T.unsqueeze(1)).masked_fill(ids_TK < 0, 0.0)
+        return logq_TK, max_T / temperature_T + log_sum_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logq_TK, grad_lse_T = (gradient.contiguous() for gradient in gradients)
+        logits_SBV, *saved = ctx.saved_tensors
+        arguments = (logits_SBV, *saved, grad_logq_TK, grad_lse_T, *ctx.shard)
+        if ctx.inplace_backward:
+            operators.sparse_log_softmax_backward_(*arguments)
+            # Lets autograd refuse any later use of the logits that are no longer there.
+            torch.autograd.graph.increment_version(logits_SBV)
+            grad_SBV = logits_SBV
+        else:
+            grad_SBV = operators.sparse_log_softmax_backward(*arguments)
+        return grad_SBV, None, None, None, None, None, None
+
+
+def _reduce_over_shards(
+    max_T: Tensor, sums_T: Tensor, temperature_T: Tensor, tp_group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Statistics of the whole vocabulary from those of this rank's shard."""
+    shard_max_T = max_T.clone()
+    dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp_group)
+    # A shard of padding or −inf alone has the maximum −inf and the sum 0, which stays 0.
+    rescale_T = ((shard_max_T - max_T) / temperature_T).exp()
+    sums_T[:, 0] *= torch.where(shard_max_T == -torch.inf, 1.0, rescale_T)
+    # An id's raw logit is on one rank and 0 on the others, so its sum is exact.
+    dist.all_reduce(sums_T, op=dist.ReduceOp.SUM, group=tp_group)
+    return max_T, sums_T
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """View [..., V] as [S, B, V] with unit last stride; copy only where no such view exists."""
+    while logits.dim() < 3:
+        logits = logits.unsqueeze(0)
+    logits_SBV = logits.reshape(
+        -1 if logits.numel() else logits.shape[:-2].numel(), *logits.shape[-2:]
+    )
+    # Rows that share memory (an expanded tensor) couldn't hold a gradient each.
+    overlaps = any(
+        s == 0 and n > 1 for s, n in zip(logits_SBV.stride(), logits_SBV.shape, strict=True)
+    )
+    return logits_SBV.contiguous() if overlaps or logits_SBV.stride(-1) != 1 else logits_SBV
+
+
+def _temperature_per_row(temperature: float | Tensor, logits: Tensor, rows: int) -> Tensor:
+    """Temperatures as [1] or [T] on the logits' device, in the dtype of the sums."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive; got {temperature}.")
+        return torch.full((1,), temperature, dtype=dtype, device=logits.device)
+    temperature = temperature.detach().to(device=logits.device, dtype=dtype)
+    try:
+        per_row = temperature.expand(logits.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"temperature has the shape {tuple(temperature.shape)}, which doesn't broadcast to the "
+            f"logits' rows {tuple(logits.shape[:-1])}."
+        ) from None
+    return per_row.reshape(rows).contiguous()
+
+
+def _check(logits: Tensor, ids: Tensor, vocab_size: int | None, ranks: int) -> None:
+    if logits.dim() < 1 or ids.dim() != logits.dim() or ids.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            "logits must be [..., V] and ids [..., K] with the same leading dimensions; got "
+            f"{tuple(logits.shape)} and {tuple(ids.shape)}."
+        )
+    if logits.dtype not in _FLOATS:
+        raise TypeError(
+            f"logits must be float64, float32, bfloat16 or float16; got {logits.dtype}."
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be int32 or int64; got {ids.dtype}.")
+    if ids.device != logits.device:
+        raise ValueError(f"ids are on {ids.device} but the logits are on {logits.device}.")
+    if vocab_size is not None and not 0 < vocab_size <= logits.shape[-1] * ranks:
+        raise ValueError(
+            f"vocab_size must be between 1 and the logits' {logits.shape[-1] * ranks} columns "
+            f"({logits.shape[-1]} on each of {ranks} ranks); got {vocab_size}."
+        )
+    if logits.is_cuda and not has_cuda_kernels():
+        raise RuntimeError(
+            "The logits are on a GPU, but megatron_pd was built without its CUDA kernels. Build "
+            "them where nvcc is installed: `MEGATRON_PD_BUILD_CUDA=1 pip install "
+            "--no-build-isolation -e .` in the project's folder."
+        )
