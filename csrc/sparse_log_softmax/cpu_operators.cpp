@@ -3,13 +3,16 @@
 // Passes over memory: forward reads the logits once; backward reads and writes them once, or writes
 // the gradient elsewhere. Besides those there are only [T], [T, K] and [T, 1+K] tensors.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,13 +23,12 @@
 namespace megatron_pd {
 namespace {
 
+// torch's own choice of instruction set, so ATEN_CPU_CAPABILITY=default|avx2 limits both.
 RowKernels best_row_kernels(LogitType type) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return row_kernels_avx512(type);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return row_kernels_avx2(type);
+  const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return row_kernels_avx512(type);
+  if (capability == "AVX2") return row_kernels_avx2(type);
 #endif
   return row_kernels_baseline(type);
 }

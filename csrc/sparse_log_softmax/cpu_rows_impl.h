@@ -47,10 +47,14 @@ struct Float32 {
 
   static MEGATRON_PD_INLINE Pair load(const Storage* from) {
     Pair pair;
-    std::memcpy(&pair, from, sizeof pair);
+    std::memcpy(&pair.first, from, sizeof pair.first);
+    std::memcpy(&pair.second, from + kLanes, sizeof pair.second);
     return pair;
   }
-  static MEGATRON_PD_INLINE void store(Pair pair, Storage* to) { std::memcpy(to, &pair, sizeof pair); }
+  static MEGATRON_PD_INLINE void store(Pair pair, Storage* to) {
+    std::memcpy(to, &pair.first, sizeof pair.first);
+    std::memcpy(to + kLanes, &pair.second, sizeof pair.second);
+  }
 };
 
 template <class Half>

@@ -20,6 +20,7 @@ statistics. An all-reduce that autograd sees would multiply the gradient by the 
 Legend: S, B leading dimensions, T = S·B rows, V columns on this rank, K ids per row.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from megatron_pd.ops.library import has_cuda_kernels, operators
 
 __all__ = ["sparse_log_softmax"]
 
+_CHECK_IDS_ON_GPU = os.environ.get("MEGATRON_PD_CHECK_IDS") == "1"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,20 +66,24 @@ def sparse_log_softmax(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, temperature or vocab_size don't fit.
         IndexError: an id is below -1 or not below `vocab_size`. On CUDA that would take a
-            synchronisation, so there such an id's logq is NaN instead.
+            synchronisation, so there such an id's logq is NaN instead, unless the environment
+            has MEGATRON_PD_CHECK_IDS=1.
     """
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
     _check(logits, ids, vocab_size, ranks)
-    columns, leading = logits.shape[-1], logits.shape[:-1]
-    logits_SBV = _as_rows(logits)
-    ids_TK = ids.reshape(-1, ids.shape[-1]).contiguous()
+    leading, columns = logits.shape[:-1], logits.shape[-1]
+    if vocab_size is None:
+        vocab_size = columns * ranks
+    ids_TK = ids.reshape(leading.numel(), ids.shape[-1]).contiguous()
+    if _CHECK_IDS_ON_GPU and ids.is_cuda:
+        _check_ids(ids_TK, vocab_size)
     logq_TK, lse_T = _SparseLogSoftmax.apply(
-        logits_SBV,
+        _as_rows(logits),
         ids_TK,
-        _temperature_per_row(temperature, logits, ids_TK.shape[0]),
+        _temperature_per_row(temperature, logits),
         rank * columns,
-        columns * ranks if vocab_size is None else vocab_size,
+        vocab_size,
         tp_group if ranks > 1 else None,
         inplace_backward,
     )
@@ -145,9 +151,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     """View [..., V] as [S, B, V] with unit last stride; copy only where no such view exists."""
     while logits.dim() < 3:
         logits = logits.unsqueeze(0)
-    logits_SBV = logits.reshape(
-        -1 if logits.numel() else logits.shape[:-2].numel(), *logits.shape[-2:]
-    )
+    logits_SBV = logits.reshape(logits.shape[:-2].numel(), *logits.shape[-2:])
     # Rows that share memory (an expanded tensor) couldn't hold a gradient each.
     overlaps = any(
         s == 0 and n > 1 for s, n in zip(logits_SBV.stride(), logits_SBV.shape, strict=True)
@@ -155,7 +159,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits_SBV.contiguous() if overlaps or logits_SBV.stride(-1) != 1 else logits_SBV
 
 
-def _temperature_per_row(temperature: float | Tensor, logits: Tensor, rows: int) -> Tensor:
+def _temperature_per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
     """Temperatures as [1] or [T] on the logits' device, in the dtype of the sums."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
@@ -170,7 +174,18 @@ def _temperature_per_row(temperature: float | Tensor, logits: Tensor, rows: int)
             f"temperature has the shape {tuple(temperature.shape)}, which doesn't broadcast to the "
             f"logits' rows {tuple(logits.shape[:-1])}."
         ) from None
-    return per_row.reshape(rows).contiguous()
+    return per_row.reshape(-1).contiguous()
+
+
+def _check_ids(ids_TK: Tensor, vocab_size: int) -> None:
+    """Raise IndexError for an id that isn't in the vocabulary; waits for the GPU."""
+    wrong_TK = (ids_TK < -1) | (ids_TK >= vocab_size)
+    if wrong_TK.any():
+        row, column = (int(index) for index in wrong_TK.nonzero()[0])
+        raise IndexError(
+            f"ids[{row}, {column}] is {int(ids_TK[row, column])}: expected -1 (padding) or a "
+            f"vocabulary id from 0 to {vocab_size - 1}."
+        )
 
 
 def _check(logits: Tensor, ids: Tensor, vocab_size: int | None, ranks: int) -> None:

@@ -1,0 +1,90 @@
+"""How close sparse_log_softmax must come to the float64 reference."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_pd.ops import sparse_log_softmax, sparse_log_softmax_reference
+
+FLOAT32_ERROR = 1e-6
+
+
+@dataclass(repr=False)
+class Case:
+    """Inputs of one call, and random gradients for its two outputs."""
+
+    logits: Tensor
+    ids: Tensor
+    temperature: float | Tensor = 1.0
+    vocab_size: int | None = None
+    grad_logq: Tensor | None = None
+    grad_lse: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.grad_logq is None:
+            self.grad_logq = torch.randn(self.ids.shape)
+        if self.grad_lse is None:
+            self.grad_lse = torch.randn(self.ids.shape[:-1])
+
+    def gradient_scale(self) -> Tensor:
+        """Per row, what the terms of its gradients add up to in size: they may cancel."""
+        sizes = self.grad_logq.abs().sum(-1) + self.grad_lse.abs()
+        return (sizes / self.temperature).unsqueeze(-1).double()
+
+    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        """logq, lse and the logits' gradient in float64."""
+        logits = self.logits.detach().double().requires_grad_()
+        logq, lse = sparse_log_softmax_reference(
+            logits, self.ids, self.temperature, self.vocab_size
+        )
+        torch.autograd.backward([logq, lse], [self.grad_logq.double(), self.grad_lse.double()])
+        return logq.detach(), lse.detach(), logits.grad
+
+    def result(self, **options) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from sparse_log_softmax; `options` are passed on to it."""
+        logits = self.logits.detach().requires_grad_()
+        logq, lse = sparse_log_softmax(
+            logits,
+            self.ids,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            **options,
+        )
+        torch.autograd.backward(
+            [logq, lse], [self.grad_logq.to(logq.dtype), self.grad_lse.to(lse.dtype)]
+        )
+        return logq.detach(), lse.detach(), logits.grad
+
+
+def assert_agrees(case: Case, **options) -> None:
+    """Values to 1e-6, gradients to 1e-6 and the rounding to the logits' own type."""
+    logits = case.logits.clone()
+    expected = case.reference()
+    got = case.result(**options)
+    assert_values(got[0], expected[0])
+    assert_values(got[1], expected[1])
+    assert_gradient(got[2], expected[2], case.gradient_scale())
+    if not options.get("inplace_backward"):
+        assert torch.equal(case.logits, logits), "the logits were changed"
+
+
+def assert_values(got: Tensor, expected: Tensor) -> None:
+    assert got.dtype in (torch.float32, torch.float64)
+    error = (got.double() - expected).abs() / expected.abs().clamp(min=1.0)
+    tolerance = FLOAT32_ERROR if got.dtype == torch.float32 else 1e-13
+    finite = expected.isfinite()
+    assert torch.equal(got.double()[~finite], expected[~finite]), "infinities differ"
+    assert not (error[finite] > tolerance).any(), f"relative error {error[finite].max():.2e}"
+
+
+def assert_gradient(got: Tensor, expected: Tensor, scale: Tensor) -> None:
+    """Each element may be off by half a unit in the last place of its own type, and by 1e-6 of
+    its row's `scale`, where it came from a sum in float32."""
+    assert got.shape == expected.shape
+    info = torch.finfo(got.dtype)
+    sums = 1e-12 if got.dtype == torch.float64 else FLOAT32_ERROR
+    allowed = expected.abs() * info.eps / 2 + scale * sums + info.smallest_normal * info.eps
+    excess = (got.double() - expected).abs() / allowed
+    assert not (excess > 1).any(), f"error is {excess.max():.2f} of what is allowed"
+    assert not got.isnan().any()
