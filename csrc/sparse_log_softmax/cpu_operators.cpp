@@ -105,8 +105,10 @@ void forward_rows(const at::Tensor& logits, const at::Tensor& ids_TK, const at::
     for (int64_t row = begin; row < end; ++row) {
       const Logit* z = data + layout.offset(row);
       Accumulator* out = sums + row * (1 + ids.count);
+      const Accumulator row_temperature = of_row(temperatures, temperature.numel(), row);
+      TORCH_CHECK_VALUE(row_temperature > 0, "temperature must be positive; got ", row_temperature, ".");
       double sum;
-      loops.statistics(z, shard.live_columns, of_row(temperatures, temperature.numel(), row), max + row, &sum);
+      loops.statistics(z, shard.live_columns, row_temperature, max + row, &sum);
       out[0] = static_cast<Accumulator>(sum);
       for (int64_t j = 0; j < ids.count; ++j) {
         const int64_t id = ids.at(row, j);

@@ -20,6 +20,7 @@ statistics. An all-reduce that autograd sees would multiply the gradient by the 
 Legend: S, B leading dimensions, T = S·B rows, V columns on this rank, K ids per row.
 """
 
+import math
 import os
 from typing import Any
 
@@ -67,7 +68,7 @@ def sparse_log_softmax(
         ValueError, TypeError: shapes, dtypes, devices, temperature or vocab_size don't fit.
         IndexError: an id is below -1 or not below `vocab_size`. On CUDA that would take a
             synchronisation, so there such an id's logq is NaN instead, unless the environment
-            has MEGATRON_PD_CHECK_IDS=1.
+            has MEGATRON_PD_CHECK_IDS=1. A temperature tensor on CUDA isn't checked.
     """
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
@@ -75,7 +76,7 @@ def sparse_log_softmax(
     leading, columns = logits.shape[:-1], logits.shape[-1]
     if vocab_size is None:
         vocab_size = columns * ranks
-    ids_TK = ids.reshape(leading.numel(), ids.shape[-1]).contiguous()
+    ids_TK = ids.reshape(math.prod(leading), ids.shape[-1]).contiguous()
     if _CHECK_IDS_ON_GPU and ids.is_cuda:
         _check_ids(ids_TK, vocab_size)
     logq_TK, lse_T = _SparseLogSoftmax.apply(
@@ -151,7 +152,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     """View [..., V] as [S, B, V] with unit last stride; copy only where no such view exists."""
     while logits.dim() < 3:
         logits = logits.unsqueeze(0)
-    logits_SBV = logits.reshape(logits.shape[:-2].numel(), *logits.shape[-2:])
+    logits_SBV = logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
     # Rows that share memory (an expanded tensor) couldn't hold a gradient each.
     overlaps = any(
         s == 0 and n > 1 for s, n in zip(logits_SBV.stride(), logits_SBV.shape, strict=True)
