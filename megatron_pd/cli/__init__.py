@@ -7,12 +7,11 @@ from `sys.argv`; they offer `HELP` and `main()`.
 
 import argparse
 import importlib
-import os
 import sys
 
-from megatron_pd.errors import UserError
+from megatron_pd.errors import reporting_errors
 
-__all__ = ["main", "run_reporting_errors"]
+__all__ = ["main"]
 
 _COMMANDS = (
     "train-tokenizer",
@@ -30,22 +29,8 @@ _MEGATRON_COMMANDS = ("dump", "evaluate")
 
 def main() -> int:
     """Entry point of the `megatron-pd` script. Returns the process's exit status."""
-    return run_reporting_errors(_main)
-
-
-def run_reporting_errors(function) -> int:
-    """Call `function() -> int`; a `UserError` becomes a sentence on stderr and status 2.
-
-    Under torchrun only the first process of each node speaks.
-    """
-    try:
-        return function()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with reporting_errors():
+        return _main()
 
 
 def _main() -> int:

@@ -1,0 +1,124 @@
+"""One micro-batch on this rank: Megatron's own tensors, and the teacher's rows where they are used.
+
+The data loader lives on the first TP rank of the first and last pipeline stages. Megatron
+broadcasts tokens, labels and masks from there to the other TP ranks; the teacher's rows take the
+same way on the last stage only, and are then cut for context parallelism with the rest.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+
+__all__ = ["builds_dataset", "get_batch"]
+
+_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+# Keys that Megatron's functions look up for packed sequences, which this data loader has none of.
+_ABSENT = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+
+
+def builds_dataset(vp_stage: int | None, config: Any) -> bool:
+    """Whether this rank reads data itself: the first TP rank of a stage that uses tokens or labels.
+
+    Args:
+        config: the model's TransformerConfig, which says where multi-token prediction runs.
+    """
+    return mpu.get_tensor_model_parallel_rank() == 0 and _uses_data(vp_stage, config)
+
+
+def get_batch(
+    iterator: Iterator[dict[str, torch.Tensor]] | None,
+    *,
+    vp_stage: int | None,
+    config: Any,
+    teacher_columns: int,
+) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch, on this rank's device; None for what this pipeline stage doesn't need.
+
+    Args:
+        teacher_columns: K of the teacher's rows; 0 where the samples carry none.
+    Returns:
+        tokens, labels, position_ids int64 [B, S], loss_mask float32 [B, S], attention_mask, and on
+        the last stage with `teacher_columns` also teacher_ids int32 [B, S, K], teacher_logprobs
+        float32 [B, S, K] and teacher_counts int32 [B, S]; S is this context-parallel rank's share.
+    """
+    args = get_args()
+    if not _uses_data(vp_stage, config):
+        return dict.fromkeys(_KEYS)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    is_last_stage = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    sample: dict[str, torch.Tensor] = {}
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        assert iterator is not None
+        sample = next(iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in _KEYS if key in sample}
+        batch = {**dict.fromkeys((*_KEYS, *_ABSENT)), **batch}
+    training = torch.is_grad_enabled()
+    micro_batch_size = args.micro_batch_size if training else args.eval_micro_batch_size
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=_has_mtp(vp_stage, config),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        is_pipeline_last_stage=is_last_stage,
+    )
+    if teacher_columns and is_last_stage:
+        batch.update(_broadcast_rows(sample, (micro_batch_size, args.seq_length), teacher_columns))
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def _broadcast_rows(
+    sample: dict[str, torch.Tensor], shape: tuple[int, int], columns: int
+) -> dict[str, torch.Tensor]:
+    """The sample's teacher rows on every TP rank; the first one has them."""
+    device = torch.cuda.current_device()
+    rows = {
+        "teacher_ids": torch.empty(*shape, columns, dtype=torch.int32, device=device),
+        "teacher_logprobs": torch.empty(*shape, columns, dtype=torch.float32, device=device),
+        "teacher_counts": torch.empty(*shape, dtype=torch.int32, device=device),
+    }
+    for key, buffer in rows.items():
+        if sample:
+            buffer.copy_(sample[key], non_blocking=True)
+        torch.distributed.broadcast(
+            buffer,
+            mpu.get_tensor_model_parallel_src_rank(),
+            group=mpu.get_tensor_model_parallel_group(),
+        )
+    return rows
+
+
+def _uses_data(vp_stage: int | None, config: Any) -> bool:
+    ignore_virtual = vp_stage is None
+    return (
+        mpu.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage)
+        or _has_mtp(vp_stage, config)
+    )
+
+
+def _has_mtp(vp_stage: int | None, config: Any) -> bool:
+    return config.mtp_num_layers is not None and mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=vp_stage is None,
+        vp_stage=vp_stage,
+    )

@@ -1,0 +1,107 @@
+"""Megatron's GPT dataset with the teacher's rows of the same tokens.
+
+Axes: S sequence, K columns of a teacher row.
+
+A sample is S + 1 consecutive tokens, cut by Megatron from one or more documents. The sample's
+teacher rows are those of its first S tokens, so row s is the teacher's distribution of the token
+at s + 1, which is label s. Where a span ends with its document, that last row is empty: the next
+document's first token has no teacher.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_pd.store import LogitStore
+
+__all__ = ["PDGPTDataset", "PDGPTDatasetConfig", "document_spans"]
+
+
+@dataclass
+class PDGPTDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig and where the teacher's rows are."""
+
+    stores: dict[str, str] = field(default_factory=dict)
+    """Corpus prefix → path of its logit store. Only the training split is read from it."""
+
+    teacher_columns: int = 0
+    """K: columns of every row; of longer rows the strongest K entries. 0: read no rows (a rank
+    that computes no loss)."""
+
+
+class PDGPTDataset(GPTDataset):
+    """GPTDataset whose training samples also carry the teacher's rows.
+
+    Adds to each sample: `teacher_ids` int32 [S, K] (−1 padded), `teacher_logprobs` float32 [S, K],
+    `teacher_counts` int32 [S].
+    """
+
+    config: PDGPTDatasetConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._store: LogitStore | None = None
+        if self.config.teacher_columns and self.index_split == Split.train:
+            self._store = LogitStore(self.config.stores[self.dataset_path])
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self._store is not None:
+            sample.update(self._teacher_rows(self._store, 0 if idx is None else idx))
+        return sample
+
+    def _teacher_rows(self, store: LogitStore, idx: int) -> dict[str, torch.Tensor]:
+        length, columns = self.config.sequence_length, self.config.teacher_columns
+        ids = np.full((length, columns), -1, dtype=np.int32)
+        logprobs = np.zeros((length, columns), dtype=np.float32)
+        counts = np.zeros(length, dtype=np.int32)
+        sample = self.shuffle_index[idx]
+        spans = document_spans(
+            self.document_index,
+            self.dataset.sequence_lengths,
+            self.sample_index[sample],
+            self.sample_index[sample + 1],
+            length,
+        )
+        rows = int(spans[:, 2].sum())
+        store.gather(spans, ids[:rows], logprobs[:rows], counts[:rows])
+        return {
+            "teacher_ids": torch.from_numpy(ids),
+            "teacher_logprobs": torch.from_numpy(logprobs),
+            "teacher_counts": torch.from_numpy(counts),
+        }
+
+
+def document_spans(
+    document_index: np.ndarray,
+    document_lengths: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    sequence_length: int,
+) -> np.ndarray:
+    """The document spans under a sample's first `sequence_length` tokens.
+
+    Args:
+        document_index: documents in the order that the dataset visits them, int [visits].
+        document_lengths: tokens of every document, int [documents].
+        begin, end: (visit, offset) of this sample's and of the next sample's first token, as in
+            GPTDataset.sample_index.
+    Returns:
+        int64 [spans, 3]: (document, offset, length) in the sample's order. Their lengths add up to
+        `sequence_length`, or to less where the sample is padded.
+    """
+    spans = []
+    left = sequence_length
+    offset = int(begin[1])
+    for visit in range(int(begin[0]), int(end[0]) + 1):
+        document = int(document_index[visit])
+        length = min(int(document_lengths[document]) - offset, left)
+        if length > 0:
+            spans.append((document, offset, length))
+            left -= length
+        offset = 0
+    return np.array(spans, dtype=np.int64).reshape(-1, 3)

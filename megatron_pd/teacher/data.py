@@ -1,0 +1,90 @@
+"""The teacher data of a training run: one logit store per training corpus, checked against it."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_pd.arguments import PDConfig
+from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fingerprint
+from megatron_pd.errors import UserError
+from megatron_pd.store import LogitStore
+
+__all__ = ["TeacherData", "open_teacher_data", "training_prefixes"]
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    stores: dict[str, str]
+    """Corpus prefix → path of its logit store."""
+
+    columns: int
+    """K: the most entries of any row that training reads."""
+
+
+def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
+    """Find and check the store of every training corpus.
+
+    Every rank opens the stores, which reads kilobytes; the first also compares them with the
+    corpora, by a sample of their tokens.
+
+    Raises:
+        UserError: a store that is missing, incomplete, or of another corpus, tokenizer or
+            vocabulary.
+    """
+    prefixes = training_prefixes(args)
+    paths = config.store or tuple(map(store_path_of, prefixes))
+    if len(paths) != len(prefixes):
+        raise UserError(
+            f"--pd-store names {len(paths)} stores for {len(prefixes)} training corpora: give one "
+            "for each prefix, in the same order."
+        )
+    tokenizer = build_tokenizer(args)
+    columns = 0
+    for prefix, path in zip(prefixes, paths, strict=True):
+        store = _open_store(prefix, path)
+        _check_tokenizer(store, path, tokenizer)
+        if int(os.environ.get("RANK", "0")) == 0:
+            store.check_corpus(MegatronCorpus(prefix))
+        columns = max(columns, store.max_count)
+    if config.top_k is not None:
+        columns = min(columns, config.top_k)
+    return TeacherData(dict(zip(prefixes, paths, strict=True)), columns)
+
+
+def training_prefixes(args: Any) -> list[str]:
+    """The corpus prefixes that the training split is drawn from."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is None and blend_per_split is not None:
+        blend = blend_per_split[0]
+    if blend is None:
+        raise UserError(
+            "Distillation needs a corpus whose tokens the teacher has seen: give --data-path (or "
+            "--train-data-path)."
+        )
+    return list(blend[0])
+
+
+def _open_store(prefix: str, path: str) -> LogitStore:
+    if not os.path.isdir(path):
+        raise UserError(
+            f"{path} does not exist: the corpus {prefix} has no logit store. Make one with "
+            f"`megatron-pd dump --data-path {prefix}`, or name it with --pd-store."
+        )
+    return LogitStore(path)
+
+
+def _check_tokenizer(store: LogitStore, path: str, tokenizer: Any) -> None:
+    if store.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{path} holds ids of a vocabulary of {store.vocab_size:,}, but the tokenizer has "
+            f"{tokenizer.vocab_size:,}: distil from a teacher with the student's tokenizer."
+        )
+    expected, found = store.metadata.get("tokenizer"), tokenizer_fingerprint(tokenizer)
+    if expected is not None and expected != found:
+        raise UserError(
+            f"{path} was dumped with another tokenizer (fingerprint {expected}, this run's is "
+            f"{found}): give the --tokenizer-model that the teacher used."
+        )
