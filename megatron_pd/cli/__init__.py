@@ -13,17 +13,7 @@ from megatron_pd.errors import reporting_errors
 
 __all__ = ["main"]
 
-_COMMANDS = (
-    "train-tokenizer",
-    "preprocess",
-    "inspect",
-    "verify",
-    "stats",
-    "merge",
-    "split",
-    "recode",
-    "convert",
-)
+_COMMANDS = ("train-tokenizer", "preprocess", "inspect", "verify", "stats")
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 
 
