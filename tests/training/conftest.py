@@ -1,0 +1,69 @@
+"""Tokenizer, corpus, teacher store and the student's first weights, made once for all tests."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import LAYOUTS, PD_STAR, JobRunner, World
+
+DOCUMENTS = 300
+VOCAB_SIZE = 370  # 384 with Megatron's padding
+
+
+def write_text(path: Path, seed: int) -> None:
+    """Sentences of a language with 60 words, in which a word says much about the next one."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
+    followers = {word: rng.sample(words, 4) for word in words}
+    with path.open("w") as lines:
+        for _ in range(DOCUMENTS):
+            word, text = rng.choice(words), []
+            for _ in range(rng.randint(1, 60)):
+                text.append(word)
+                word = rng.choice(followers[word])
+            lines.write('{"text": "' + " ".join(text) + '."}\n')
+
+
+@pytest.fixture(scope="session")
+def bare_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A tokenizer and a corpus without a store."""
+    folder = tmp_path_factory.mktemp("training")
+    runner = JobRunner(folder)
+    text, tokenizer, corpus = folder / "text.jsonl", folder / "tokens.model", folder / "corpus"
+    write_text(text, seed=1)
+    runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE, corpus])
+    world = World(runner, folder, tokenizer, corpus)
+    yield world
+    runner.close()
+
+
+@pytest.fixture(scope="session")
+def teacher(bare_world: World) -> Path:
+    """Checkpoint of a model that has learned something of the corpus."""
+    path = bare_world.folder / "teacher"
+    bare_world.train(*("--train-iters", 40, "--save", path, "--save-interval", 40))
+    return path
+
+
+@pytest.fixture(scope="session")
+def world(bare_world: World, teacher: Path) -> World:
+    """The corpus with the teacher's store beside it, and a student's first weights."""
+    student = bare_world.folder / "student"
+    bare_world.train(
+        *("--train-iters", 1, "--lr-wsd-decay-iters", 1, "--lr-warmup-iters", 0, "--seed", 99),
+        *("--save", student, "--save-interval", 1),
+    )
+    bare_world.dump(teacher, "--dump-codec", "exact", "--dump-statistics")
+    return replace(bare_world, student=student)
+
+
+@pytest.fixture(scope="session")
+def layout_curves(world: World) -> dict[str, dict[str, np.ndarray]]:
+    """The curves of one PD* run in every parallel layout."""
+    return {
+        name: world.train(*world.from_student(), *PD_STAR, *flags, ranks=ranks)
+        for name, (ranks, flags) in LAYOUTS.items()
+    }

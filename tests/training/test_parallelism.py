@@ -1,0 +1,49 @@
+"""One PD run, the same curves in every parallel layout, and after a stop and a resumption."""
+
+import numpy as np
+import pytest
+from jobs import LAYOUTS, PD_STAR, World
+
+CURVES = ("lm loss", "kd loss", "alpha", "grad-norm")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "tp1"])
+def test_same_curves_in_every_layout(
+    layout: str, layout_curves: dict[str, dict[str, np.ndarray]]
+) -> None:
+    expected, found = layout_curves["tp1"], layout_curves[layout]
+    for tag in CURVES:
+        assert len(expected[tag]) == 6
+        np.testing.assert_allclose(found[tag], expected[tag], rtol=0, atol=1e-4, err_msg=tag)
+    assert found["alpha"].max() == pytest.approx(0.9)
+    assert 0.5 < found["teacher tokens"].mean() < 1
+
+
+def test_alpha_zero_is_megatrons_lm_loss(world: World) -> None:
+    plain = world.train(*world.from_student())
+    distilled = world.train(*world.from_student(), "--pd-alpha", 0)
+    assert "kd loss" not in plain and (distilled["kd loss"] > 0).all()
+    for tag in ("lm loss", "grad-norm"):
+        np.testing.assert_allclose(distilled[tag], plain[tag], rtol=0, atol=1e-5, err_msg=tag)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_resumed_run_has_the_curve_of_one_that_went_on(
+    layout: str, world: World, layout_curves: dict[str, dict[str, np.ndarray]]
+) -> None:
+    ranks, flags = LAYOUTS[layout]
+    checkpoint = world.folder / f"stopped-{layout}"
+    saving = ("--save", checkpoint, "--save-interval", 3)
+    first = world.train(
+        *world.from_student(), *PD_STAR, *flags, *saving, "--exit-interval", 3, ranks=ranks
+    )
+    second = world.train("--load", checkpoint, *PD_STAR, *flags, ranks=ranks)
+    for tag in CURVES:
+        assert len(first[tag]) == 3
+        np.testing.assert_allclose(
+            np.concatenate([first[tag], second[tag]]),
+            layout_curves[layout][tag],
+            rtol=0,
+            atol=1e-5,
+            err_msg=tag,
+        )
