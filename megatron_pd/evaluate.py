@@ -132,5 +132,5 @@ def _binned(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
 
 
 def expected_calibration_error(bins: np.ndarray) -> float:
-    """ECE from [3, bins] sums of tokens, correct ones and confidence: Σ |correct − confidence| / N."""
+    """ECE, Σ |correct − confidence| / N, from [3, bins] sums of tokens, correct and confidence."""
     return float(np.abs(bins[1] - bins[2]).sum() / bins[0].sum())

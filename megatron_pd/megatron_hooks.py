@@ -3,9 +3,13 @@
 Written against megatron-core 0.19.2.
 """
 
-from megatron.core.datasets import utils as datasets_utils
+import functools
+from typing import Any
 
-__all__ = ["skip_helpers_compilation"]
+from megatron.core.datasets import utils as datasets_utils
+from megatron.core.optimizer import distrib_optimizer
+
+__all__ = ["resume_distributed_optimizer", "skip_helpers_compilation"]
 
 
 def skip_helpers_compilation() -> None:
@@ -19,3 +23,26 @@ def skip_helpers_compilation() -> None:
     except ImportError:
         return
     datasets_utils.compile_helpers = lambda: None
+
+
+def resume_distributed_optimizer() -> None:
+    """Let `--use-distributed-optimizer` load its checkpoint without Apex and Transformer Engine.
+
+    With torch's own Adam, Megatron reads the step from the optimizer's state before that exists,
+    and stops at an assertion. It fills the state with dummies itself in other places, and what is
+    loaded overwrites them.
+    """
+    optimizer = distrib_optimizer.DistributedOptimizer
+    original = optimizer.sharded_state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def sharded_state_dict(
+        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, **options: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return original(self, model_sharded_state_dict, is_loading, **options)
+
+    optimizer.sharded_state_dict = sharded_state_dict

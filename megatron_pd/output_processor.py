@@ -103,9 +103,7 @@ def gathered_positions(start: int, length: int, local_length: int, ranks: int) -
     return (offsets[:, None] + torch.arange(length)).flatten()
 
 
-def _chunk_length(
-    chunk_tokens: int | None, batch_size: int, ranks: int, local_length: int
-) -> int:
+def _chunk_length(chunk_tokens: int | None, batch_size: int, ranks: int, local_length: int) -> int:
     """Local sequence positions a chunk, so that its logits cover about `chunk_tokens` tokens."""
     if chunk_tokens is None:
         return local_length

@@ -46,7 +46,7 @@ from megatron_pd.arguments import (
 from megatron_pd.data.batch import builds_dataset, get_batch
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig
 from megatron_pd.losses import mix
-from megatron_pd.megatron_hooks import skip_helpers_compilation
+from megatron_pd.megatron_hooks import resume_distributed_optimizer, skip_helpers_compilation
 from megatron_pd.output_processor import DistillationContext, distillation_output_processor
 from megatron_pd.schedules import AlphaSchedule, alpha_at
 from megatron_pd.targets import TeacherTargets
@@ -75,8 +75,9 @@ def main() -> int:
         args.pd_resolved = describe(distillation.config)
         print_rank_0(f"pre-training distillation: {args.pd_resolved}")
     skip_helpers_compilation()
+    resume_distributed_optimizer()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    provider = functools.partial(
+    provider: Any = functools.partial(
         _provide_datasets, distillation=distillation, model_config=config.model.transformer
     )
     provider.is_distributed = True  # every rank calls it; each knows whether it reads data
@@ -197,13 +198,13 @@ def _forward_step(
     """One micro-batch through this pipeline stage (Megatron's forward step)."""
     args, timers = get_args(), get_timers()
     # Validation measures the language model alone, with or without distillation in training.
-    distils = distillation is not None and model.training
+    distils = distillation if model.training else None
     timers("batch-generator", log_level=2).start()
     batch = get_batch(
         iterator,
         vp_stage=get_attr_wrapped_model(model, "vp_stage"),
         config=get_attr_wrapped_model(model, "config"),
-        teacher_columns=distillation.data.columns if distils else 0,
+        teacher_columns=distils.data.columns if distils else 0,
     )
     timers("batch-generator").stop()
     inputs = {
@@ -213,7 +214,7 @@ def _forward_step(
         "labels": batch["labels"],
         "loss_mask": batch["loss_mask"],
     }
-    if not distils or batch.get("teacher_ids") is None:
+    if distils is None or batch.get("teacher_ids") is None:
         return model(**inputs), functools.partial(_lm_loss, batch["loss_mask"])
     teacher = TeacherTargets(
         batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_counts"]
@@ -222,18 +223,14 @@ def _forward_step(
         **inputs,
         output_processor=distillation_output_processor,
         output_processor_context=DistillationContext(
-            distillation.config,
+            distils.config,
             teacher,
             tp_group=get_attr_wrapped_model(model, "tp_group"),
             sequence_parallel=args.sequence_parallel,
         ),
     )
-    alpha = alpha_at(
-        distillation.schedule, args.consumed_train_samples, distillation.total_samples
-    )
-    return losses_2BS, functools.partial(
-        _pd_loss, batch["loss_mask"], teacher.counts, alpha
-    )
+    alpha = alpha_at(distils.schedule, args.consumed_train_samples, distils.total_samples)
+    return losses_2BS, functools.partial(_pd_loss, batch["loss_mask"], teacher.counts, alpha)
 
 
 Report = dict[str, torch.Tensor]

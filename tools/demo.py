@@ -185,7 +185,7 @@ class Demo:
             *("--tokenizer-model", self.path("tokenizer.model")),
             *("--data-path", self.path(corpus), "--split", "100,0,0"),
             *("--data-cache-path", self.path("index-cache"), "--num-workers", "0"),
-            *f"--eval-iters 0 --log-interval 10 --seed {self.seed}".split(),
+            *f"--eval-iters 0 --eval-interval 1000 --log-interval 10 --seed {self.seed}".split(),
             *("--tensorboard-dir", self.path(f"tensorboard/{model}")),
             *("--tensorboard-log-interval", "1"),
             *("--save", self.path(f"checkpoints/{model}")),
@@ -254,7 +254,7 @@ def _share_done(log: Path) -> float:
 
 
 def write_text(folder: Path, seed: int) -> None:
-    """The standard library as JSON lines: held-out files, the teacher's, and of those the student's.
+    """The standard library as JSON lines: held-out files, the teacher's, of those the student's.
 
     Tests and encodings are left out: they are tables more than text.
     """
@@ -293,7 +293,7 @@ def report(demo: Demo) -> None:
     console = Console(width=100)
     console.print(table)
     console.print(
-        f"PD* against LM only: {figures['gain_nats']:+.3f} nats lower loss, from a store of "
+        f"PD* against LM only: {figures['gain_nats']:.3f} nats lower loss, from a store of "
         f"{figures['store_bytes_per_token']:.0f} bytes per token "
         f"({figures['mean_entries_per_token']:.1f} entries). {figures['seconds']['total']:.0f} s in "
         f"all. More in {ROOT}/report.md and {ROOT}/loss-curves.png."

@@ -36,7 +36,7 @@ def get_batch(
     vp_stage: int | None,
     config: Any,
     teacher_columns: int,
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, Any]:
     """The next micro-batch, on this rank's device; None for what this pipeline stage doesn't need.
 
     Args:

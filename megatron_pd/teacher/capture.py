@@ -68,8 +68,10 @@ def capture_rows(
             join([rows.ids for rows in targets]),
             join([rows.logprobs for rows in targets]),
             join([rows.counts for rows in targets]),
-            join([rows.entropy for rows in targets]) if statistics else None,
-            join([rows.std for rows in targets]) if statistics else None,
+            join([rows.entropy for rows in targets if rows.entropy is not None])
+            if statistics
+            else None,
+            join([rows.std for rows in targets if rows.std is not None]) if statistics else None,
         ),
         join([part.label_logprob for part in parts]),
     )

@@ -9,10 +9,10 @@ goes on after the last one, on any number of replicas.
 """
 
 import argparse
+import itertools
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def shards_of(document_lengths: np.ndarray) -> list[range]:
     ends = np.cumsum(document_lengths)
     bounds = np.searchsorted(ends, np.arange(1, count) * (tokens / count), side="right")
     edges = np.unique([0, *bounds, len(document_lengths)])
-    return [range(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
 def _dump_shard(
@@ -152,7 +152,9 @@ def _dump_shard(
             rows = _rows_of(model, corpus, windows)
             if writer is not None:
                 for document in group:
-                    _append(writer, document, corpus, rows, int(durable[document - documents.start]))
+                    _append(
+                        writer, document, corpus, rows, int(durable[document - documents.start])
+                    )
                 writer.flush()
             progress.update(int(corpus.document_lengths[group.start : group.stop].sum()))
         if writer is not None:
@@ -198,7 +200,7 @@ def _agree_on_written(
 
 
 def _document_groups(corpus: MegatronCorpus, documents: range) -> Iterator[range]:
-    """Consecutive documents of about _GROUP_TOKENS tokens: what is in memory, and durable, at once."""
+    """Consecutive documents of about _GROUP_TOKENS tokens: in memory, and durable, at once."""
     start, tokens = documents.start, 0
     for document in documents:
         tokens += int(corpus.document_lengths[document])
@@ -210,7 +212,7 @@ def _document_groups(corpus: MegatronCorpus, documents: range) -> Iterator[range
 def _rows_of(
     model: ForwardOnlyModel, corpus: MegatronCorpus, windows: list[Window]
 ) -> dict[int, list[tuple[int, TeacherRows]]]:
-    """Document → (offset, rows) of its windows' own tokens; empty where this rank does not write."""
+    """Document → (offset, rows) of its windows' own tokens; empty unless this rank writes."""
     args = model.args
     rows: dict[int, list[tuple[int, TeacherRows]]] = {}
 
@@ -242,7 +244,9 @@ def _rows_of(
 def _split(batch: Batch, captured: CapturedRows) -> Iterator[tuple[Window, TeacherRows]]:
     """The rows that each window keeps, as the store takes them."""
     targets = captured.targets
-    arrays = [tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)]
+    ids, logprobs, counts = (
+        tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)
+    )
     columns = {"label_logprob": captured.label_logprob.cpu().numpy()}
     if targets.entropy is not None and targets.std is not None:
         columns |= {"entropy": targets.entropy.cpu().numpy(), "std": targets.std.cpu().numpy()}
@@ -251,7 +255,9 @@ def _split(batch: Batch, captured: CapturedRows) -> Iterator[tuple[Window, Teach
         yield (
             window,
             TeacherRows(
-                *(array[row, own] for array in arrays),
+                ids[row, own],
+                logprobs[row, own],
+                counts[row, own],
                 {name: column[row, own] for name, column in columns.items()},
             ),
         )
