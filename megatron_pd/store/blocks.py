@@ -54,12 +54,29 @@ class RaggedRows:
             {name: column[rows] for name, column in self.columns.items()},
         )
 
+    def fill(self, out_ids: np.ndarray, out_logprobs: np.ndarray, width: int) -> np.ndarray:
+        """Writes the first `width` entries of every row into the [n, width] buffers, and leaves
+        what lies beyond a row's count as it is; returns the counts so limited."""
+        counts = np.minimum(self.counts, width)
+        mask = np.arange(width) < counts[:, None]
+        if (self.counts <= width).all():
+            out_ids[mask], out_logprobs[mask] = self.ids, self.logprobs
+            return counts
+        firsts = np.cumsum(self.counts, dtype=np.int64) - self.counts
+        kept = (firsts[:, None] + np.arange(width))[mask]
+        out_ids[mask], out_logprobs[mask] = self.ids[kept], self.logprobs[kept]
+        return counts
+
     def padded(self, width: int) -> TeacherRows:
         out = TeacherRows.empty(len(self), width)
-        mask = np.arange(width) < self.counts[:, None]
-        out.ids[mask] = self.ids
-        out.logprobs[mask] = self.logprobs
-        return TeacherRows(out.ids, out.logprobs, self.counts.astype(np.int32), self.columns)
+        counts = self.fill(out.ids, out.logprobs, width)
+        return TeacherRows(out.ids, out.logprobs, counts.astype(np.int32), self.columns)
+
+    def in_range(self, vocab_size: int) -> bool:
+        """True when the counts add up and every id is of the vocabulary."""
+        if (self.counts < 0).any() or self.counts.sum(dtype=np.int64) != len(self.ids):
+            return False
+        return not len(self.ids) or bool(self.ids.min() >= 0 and self.ids.max() < vocab_size)
 
 
 def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray) -> bytes:
@@ -89,8 +106,13 @@ def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray) -> bytes:
     return header.to_bytes() + payload
 
 
-def decode_exact(header: FrameHeader, payload: bytes, digests: int) -> RaggedRows:
-    """The rows of a frame whose payload starts with `digests` token digests."""
+def decode_exact(header: FrameHeader, payload: bytes, digests: int) -> RaggedRows | None:
+    """The rows of a frame whose payload starts with `digests` token digests; None where the
+    payload is not as long as the header says."""
+    names = [name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1]
+    size = 8 * digests + 4 * header.rows * (1 + len(names)) + 8 * header.entries
+    if len(payload) != size:
+        return None
     position = 8 * digests
 
     def take(dtype: str, n: int) -> np.ndarray:
@@ -101,5 +123,4 @@ def decode_exact(header: FrameHeader, payload: bytes, digests: int) -> RaggedRow
 
     counts = take("<i4", header.rows)
     ids, logprobs = take("<i4", header.entries), take("<f4", header.entries)
-    names = [name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1]
     return RaggedRows(counts, ids, logprobs, {name: take("<f4", header.rows) for name in names})

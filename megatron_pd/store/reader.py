@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
-import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.blocks import RaggedRows, decode_exact
-from megatron_pd.store.format import (
-    MANIFEST_NAME,
-    PARTIAL_SUFFIX,
-    Footer,
-    FrameHeader,
-    Manifest,
-    ShardHeader,
-    parse_shard_name,
-    token_digest,
-)
-from megatron_pd.store.rows import Corpus, StoreError, TeacherRows
+from megatron_pd.store.blocks import RaggedRows
+from megatron_pd.store.format import MANIFEST_NAME, PARTIAL_SUFFIX, Manifest, parse_shard_name
+from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.shard import Shard
 
 __all__ = ["LogitStore"]
-
-_SAMPLED_DOCUMENTS = 256
 
 
 class LogitStore:
@@ -122,19 +110,38 @@ class LogitStore:
         out_ids: np.ndarray,
         out_logprobs: np.ndarray,
         out_counts: np.ndarray,
+        out_columns: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Reads spans (int64 [n, 3]: document, offset, length) one after another into out_ids
-        int32 [rows, K], out_logprobs float32 [rows, K], out_counts int32 [rows].  Of a row with
-        more than K entries the K likeliest are kept."""
+        int32 [rows, K], out_logprobs float32 [rows, K], out_counts int32 [rows] and, by name,
+        out_columns float32 [rows] each (NaN where the store has no such value).  Of a row with
+        more than K entries the K likeliest are kept.  `rows` is the sum of the lengths."""
+        columns = out_columns or {}
+        self._check_outputs(spans, out_counts, columns)
+        out_ids[:], out_logprobs[:], out_counts[:] = -1, 0, 0
+        for column in columns.values():
+            column[:] = np.nan
         width, row = out_ids.shape[1], 0
         for document, offset, length in spans.tolist():
-            rows = self.read(document, offset, length)
-            kept, end = min(width, rows.ids.shape[1]), row + length
-            out_ids[row:end, :kept], out_ids[row:end, kept:] = rows.ids[:, :kept], -1
-            out_logprobs[row:end, :kept] = rows.logprobs[:, :kept]
-            out_logprobs[row:end, kept:] = 0
-            out_counts[row:end] = np.minimum(rows.counts, width)
-            row = end
+            at = row
+            for part in self._rows(document, offset, length):
+                end = at + len(part)
+                out_counts[at:end] = part.fill(out_ids[at:end], out_logprobs[at:end], width)
+                for name in columns.keys() & part.columns.keys():
+                    columns[name][at:end] = part.columns[name]
+                at = end
+            row += length
+
+    def _check_outputs(
+        self, spans: np.ndarray, out_counts: np.ndarray, columns: Mapping[str, np.ndarray]
+    ) -> None:
+        if (rows := int(spans[:, 2].sum())) != len(out_counts):
+            raise StoreError(
+                f"{self.path}: the spans have {rows} rows, the buffers {len(out_counts)}. "
+                "Pass buffers of the spans' total length."
+            )
+        if unknown := sorted(columns.keys() - set(COLUMNS)):
+            raise StoreError(f"{self.path}: unknown columns {unknown}; known: {COLUMNS}.")
 
     def check_corpus(self, corpus: Corpus, *, full: bool = False) -> None:
         """Raises StoreError unless the store belongs to `corpus`: all document lengths and the
@@ -151,11 +158,11 @@ class LogitStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self._allow_partial)
 
-    def _open_shards(self) -> list[_Shard]:
-        shards: list[_Shard] = []
+    def _open_shards(self) -> list[Shard]:
+        shards: list[Shard] = []
         for entry in sorted(os.listdir(self.path)):
             if (documents := parse_shard_name(entry)) is not None:
-                shards.append(_Shard(self.path / entry, documents, self._manifest.store_id))
+                shards.append(Shard(self.path / entry, documents, self._manifest.store_id))
         for a, b in itertools.pairwise(shards):
             if a.documents.stop > b.documents.start:
                 raise StoreError(f"{b.path}: overlaps {a.path.name}. Move one of them away.")
@@ -174,7 +181,7 @@ class LogitStore:
             "where it stopped."
         )
 
-    def _shard(self, document: int) -> _Shard | None:
+    def _shard(self, document: int) -> Shard | None:
         if not 0 <= document < self.num_documents:
             raise StoreError(
                 f"{self.path}: document {document} asked for, it has {self.num_documents}."
@@ -192,103 +199,3 @@ class LogitStore:
 
 def _reopen(path: Path, allow_partial: bool) -> LogitStore:
     return LogitStore(path, allow_partial=allow_partial)
-
-
-class _Shard:
-    """One finished shard file, mapped at its first use."""
-
-    def __init__(self, path: Path, documents: range, store_id: int) -> None:
-        self.path, self.documents = path, documents
-        with open(path, "rb") as file:
-            self.header = ShardHeader.from_bytes(file.read(ShardHeader.BYTES), path)
-            size = os.fstat(file.fileno()).st_size
-            self.footer = Footer.from_bytes(
-                os.pread(file.fileno(), Footer.BYTES, max(0, size - Footer.BYTES)), path
-            )
-        if self.footer.file_bytes != size:
-            raise StoreError(
-                f"{path}: {size} bytes, its footer says {self.footer.file_bytes}. Copy it again."
-            )
-        if self.header.range != documents or self.header.store_id != store_id:
-            raise StoreError(
-                f"{path}: holds documents {self.header.range} of store "
-                f"{self.header.store_id:016x}; its name and {MANIFEST_NAME} say {documents} of "
-                f"{store_id:016x}. It was renamed or comes from another store: put it back."
-            )
-        self._map: mmap.mmap | None = None
-
-    @property
-    def map(self) -> mmap.mmap:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
-
-    @property
-    def starts(self) -> np.ndarray:
-        starts = np.frombuffer(self.map, "<u8", len(self.documents) + 1, self.footer.index_offset)
-        return starts.astype(np.int64)
-
-    @property
-    def digests(self) -> np.ndarray | None:
-        if not self.header.bound:
-            return None
-        offset = self.footer.index_offset + 8 * (len(self.documents) + 1)
-        return np.frombuffer(self.map, "<u8", len(self.documents), offset)
-
-    @property
-    def blocks(self) -> np.ndarray:
-        offset = self.footer.index_offset + 8 * (len(self.documents) * (1 + self.header.bound) + 1)
-        return np.frombuffer(self.map, "<u8", 2 * self.footer.blocks, offset).reshape(-1, 2)
-
-    def length(self, document: int) -> int:
-        index = document - self.documents.start
-        return int(self.starts[index + 1] - self.starts[index])
-
-    def rows(self, document: int, offset: int, length: int) -> Iterator[RaggedRows]:
-        if offset < 0 or length < 0 or offset + length > self.length(document):
-            raise StoreError(
-                f"{self.path}: rows {offset} to {offset + length - 1} of document {document} "
-                f"asked for, it has {self.length(document)}. Is this another corpus?"
-            )
-        row = int(self.starts[document - self.documents.start]) + offset
-        end = row + length
-        block = int(np.searchsorted(self.blocks[:, 0], row, "right")) - 1
-        while row < end:
-            first, at = map(int, self.blocks[block])
-            rows = self._decode(at)
-            yield rows[row - first : min(len(rows), end - first)]
-            row, block = first + len(rows), block + 1
-
-    def _decode(self, at: int) -> RaggedRows:
-        header = FrameHeader.from_bytes(self.map[at : at + FrameHeader.BYTES])
-        if header is None:
-            raise StoreError(f"{self.path}: damaged block header at byte {at}. Dump it again.")
-        at += FrameHeader.BYTES
-        payload = self.map[at : at + header.payload_bytes]
-        if zlib.crc32(payload) != header.payload_crc:
-            raise StoreError(f"{self.path}: damaged block at byte {at}. Dump it again.")
-        digests = 0
-        if self.header.bound:
-            starts = self.starts
-            begun = (starts[:-1] >= header.row) & (starts[:-1] < header.row + header.rows)
-            digests = int((begun & (starts[:-1] < starts[1:])).sum())
-        return decode_exact(header, payload, digests)
-
-    def check_corpus(self, corpus: Corpus, lengths: np.ndarray, full: bool) -> None:
-        there = lengths[self.documents.start : self.documents.stop]
-        if len(differ := np.flatnonzero(np.diff(self.starts) != there)):
-            raise self._other_corpus(int(differ[0]), "length")
-        if self.digests is None:
-            return
-        count = len(self.documents) if full else min(len(self.documents), _SAMPLED_DOCUMENTS)
-        for index in np.unique(np.linspace(0, len(self.documents) - 1, count, dtype=np.int64)):
-            tokens = corpus.tokens(self.documents.start + int(index))
-            if len(tokens) and token_digest(tokens) != self.digests[index]:
-                raise self._other_corpus(int(index), "tokens")
-
-    def _other_corpus(self, index: int, what: str) -> StoreError:
-        return StoreError(
-            f"{self.path}: document {self.documents.start + index} has other {what} in this corpus "
-            "than in the one that the teacher read. Use that corpus, or dump the store again."
-        )

@@ -8,13 +8,15 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_pd.errors import UserError
+
 __all__ = ["COLUMNS", "Corpus", "StoreError", "TeacherRows"]
 
 #: Optional per-row float32 columns, in the order of their bits in a block's header.
 COLUMNS = ("label_logprob", "entropy", "std")
 
 
-class StoreError(Exception):
+class StoreError(UserError):
     """A logit store, or a request to one, is wrong; the message says where, how and the mend."""
 
 
