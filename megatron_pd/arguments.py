@@ -363,7 +363,9 @@ def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
             help=(option.metadata["help"] + shown).replace("%", "%%"),
             **keywords,
         )
-    return _RecipeParser(parents=[parser], add_help=False, allow_abbrev=False)
+    return _RecipeParser(
+        parents=[parser], add_help=False, allow_abbrev=False, formatter_class=_HelpFormatter
+    )
 
 
 def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
@@ -512,6 +514,16 @@ _RECIPES: dict[str, _Recipe] = {
     ),
 }
 RECIPES = tuple(_RECIPES)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Prints help texts of Megatron 0.19 that hold a bare % as they are; argparse would raise."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
 
 
 class _RecipeParser(argparse.ArgumentParser):
