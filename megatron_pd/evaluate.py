@@ -2,9 +2,7 @@
 
     megatron-pd evaluate --load CHECKPOINT --data-path PREFIX [--evaluate-output FILE.json]
 
-Every token but the first of each document is predicted once. The expected calibration error (ECE)
-is that of the likeliest token (Guo et al. 2017): over 15 equal bins of confidence, the mean of
-|accuracy − confidence| weighted by the tokens in the bin.
+Every token but the first of each document is predicted once.
 """
 
 import argparse
@@ -16,19 +14,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_pd.forward_only import ForwardOnlyModel, batches_of, load_model, windows_of
+from megatron_pd.forward_only import ForwardOnlyModel, load_model
 
 # isort: split
 # Megatron may be imported only after forward_only has prepared the device.
 from megatron.core import mpu
 
+from megatron_pd.calibration import BINS, confidence_bins, expected_calibration_error
 from megatron_pd.data.corpus import MegatronCorpus
+from megatron_pd.data.windows import batches_of, windows_of
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
 from megatron_pd.teacher.data import training_prefixes
 
-__all__ = ["evaluate", "expected_calibration_error", "main"]
-
-_BINS = 15
+__all__ = ["evaluate", "main"]
 
 
 def main() -> int:
@@ -59,7 +57,7 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
     args = model.args
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     loss_sum = 0.0
-    bins = np.zeros((3, _BINS))  # tokens, correct, confidence
+    bins = np.zeros((3, BINS))  # tokens, correct, confidence
 
     def capture(logits: torch.Tensor, labels: torch.Tensor) -> CapturedRows:
         return capture_rows(
@@ -104,12 +102,12 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
                 loss_sum -= captured.label_logprob[own].double().sum().item()
                 confidence = captured.targets.logprobs[own][:, 0].double().exp().cpu().numpy()
                 correct = (captured.targets.ids[own][:, 0] == batch.labels[own]).cpu().numpy()
-                bins += _binned(confidence, correct)
+                bins += confidence_bins(confidence, correct)
     totals = torch.tensor(
         [loss_sum, *bins.flatten()], dtype=torch.float64, device=torch.cuda.current_device()
     )
     torch.distributed.all_reduce(totals)
-    loss_sum, bins = totals[0].item(), totals[1:].cpu().numpy().reshape(3, _BINS)
+    loss_sum, bins = totals[0].item(), totals[1:].cpu().numpy().reshape(3, BINS)
     tokens = bins[0].sum()
     return {
         "lm_loss": loss_sum / tokens,
@@ -118,19 +116,3 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
         "ece": expected_calibration_error(bins),
         "tokens": int(tokens),
     }
-
-
-def _binned(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """[3, bins]: tokens, correct ones and confidence, summed in each bin of confidence."""
-    index = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
-    return np.stack(
-        [
-            np.bincount(index, weights=weights, minlength=_BINS)
-            for weights in (np.ones_like(confidence), correct.astype(float), confidence)
-        ]
-    )
-
-
-def expected_calibration_error(bins: np.ndarray) -> float:
-    """ECE, Σ |correct − confidence| / N, from [3, bins] sums of tokens, correct and confidence."""
-    return float(np.abs(bins[1] - bins[2]).sum() / bins[0].sum())

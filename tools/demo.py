@@ -295,8 +295,8 @@ def report(demo: Demo) -> None:
     console.print(
         f"PD* against LM only: {figures['gain_nats']:.3f} nats lower loss, from a store of "
         f"{figures['store_bytes_per_token']:.0f} bytes per token "
-        f"({figures['mean_entries_per_token']:.1f} entries). {figures['seconds']['total']:.0f} s in "
-        f"all. More in {ROOT}/report.md and {ROOT}/loss-curves.png."
+        f"({figures['mean_entries_per_token']:.1f} entries). {figures['seconds']['total']:.0f} s. "
+        f"More in {ROOT}/report.md and {ROOT}/loss-curves.png."
     )
 
 

@@ -44,10 +44,11 @@ def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
     tokenizer = build_tokenizer(args)
     columns = 0
     for prefix, path in zip(prefixes, paths, strict=True):
+        corpus = MegatronCorpus(prefix)
         store = _open_store(prefix, path)
         _check_tokenizer(store, path, tokenizer)
         if int(os.environ.get("RANK", "0")) == 0:
-            store.check_corpus(MegatronCorpus(prefix))
+            store.check_corpus(corpus)
         columns = max(columns, store.max_count)
     if config.top_k is not None:
         columns = min(columns, config.top_k)

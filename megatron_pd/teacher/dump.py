@@ -19,20 +19,14 @@ import torch
 from tqdm import tqdm
 
 from megatron_pd.errors import UserError
-from megatron_pd.forward_only import (
-    Batch,
-    ForwardOnlyModel,
-    Window,
-    batches_of,
-    load_model,
-    windows_of,
-)
+from megatron_pd.forward_only import ForwardOnlyModel, load_model
 
 # isort: split
 # Megatron may be imported only after forward_only has prepared the device.
 from megatron.core import mpu
 
 from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fingerprint
+from megatron_pd.data.windows import Batch, Window, batches_of, windows_of
 from megatron_pd.store import LogitStoreWriter, TeacherRows
 from megatron_pd.targets import check_truncation
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
@@ -80,7 +74,7 @@ def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="Store entropy and standard deviation of every full distribution, which the adaptive "
         "temperatures read.",
     )
-    group.add_argument("--dump-codec", choices=("compact", "exact"), default="compact")
+    group.add_argument("--dump-codec", choices=("exact",), default="exact")
     return parser
 
 

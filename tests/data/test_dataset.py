@@ -1,0 +1,108 @@
+"""The rows that a sample carries are those of its own tokens, whatever Megatron's shuffling."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
+
+from megatron_pd.data.corpus import MegatronCorpus, store_path_of
+from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig
+from megatron_pd.errors import UserError
+from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+
+VOCAB_SIZE, EOD, SEQUENCE_LENGTH = 500, 0, 32
+
+
+class Tokenizer:
+    vocab_size, eod, pad, eos = VOCAB_SIZE, EOD, -1, EOD
+    unique_identifiers: ClassVar = {"class": "test"}
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory):
+    """Documents of random tokens; row j of a document names the next token first, then 1 + it."""
+    prefix = str(tmp_path_factory.mktemp("corpus") / "corpus")
+    rng = np.random.default_rng()
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    documents = [
+        np.append(rng.integers(1, VOCAB_SIZE - 1, rng.integers(1, 90)), EOD) for _ in range(60)
+    ]
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    corpus = MegatronCorpus(prefix)
+    with LogitStoreWriter(
+        store_path_of(prefix),
+        vocab_size=VOCAB_SIZE,
+        document_lengths=corpus.document_lengths,
+        metadata={},
+        codec="exact",
+        corpus=corpus,
+    ) as writer:
+        for document, tokens in enumerate(documents):
+            following = tokens[1:].astype(np.int32)
+            counts = np.append(np.full(len(following), 2), 0).astype(np.int32)
+            ids = np.full((len(tokens), 2), -1, np.int32)
+            ids[:-1] = np.stack([following, following + 1], axis=1)
+            logprobs = np.zeros((len(tokens), 2), np.float32)
+            logprobs[:-1] = np.log([0.6, 0.3])
+            writer.append(document, 0, TeacherRows(ids, logprobs, counts))
+    return prefix
+
+
+def make_dataset(prefix, split=Split.train, columns=2, **options):
+    config = PDGPTDatasetConfig(
+        random_seed=int(np.random.default_rng().integers(1 << 30)),
+        sequence_length=SEQUENCE_LENGTH,
+        blend=([prefix], None),
+        split="1,0,0",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        stores={prefix: store_path_of(prefix)},
+        teacher_columns=columns,
+        **options,
+    )
+    low_level = GPTDataset.build_low_level_dataset(prefix, config)
+    indices = np.arange(len(low_level), dtype=np.int32)
+    return PDGPTDataset(low_level, prefix, indices, 150, split, config)
+
+
+def test_row_s_is_the_teachers_distribution_of_label_s(prefix):
+    dataset = make_dataset(prefix)
+    for sample in (dataset[i] for i in range(len(dataset))):
+        tokens, labels = sample["tokens"].numpy(), sample["labels"].numpy()
+        taught = tokens != EOD  # a document ends with EOD; what follows has no teacher
+        counts = sample["teacher_counts"].numpy()
+        np.testing.assert_array_equal(counts, np.where(taught, 2, 0))
+        ids = sample["teacher_ids"].numpy()
+        np.testing.assert_array_equal(ids[taught, 0], labels[taught])
+        np.testing.assert_array_equal(ids[taught, 1], labels[taught] + 1)
+        assert (ids[~taught] == -1).all()
+        np.testing.assert_allclose(sample["teacher_logprobs"].numpy()[taught, 0], np.log(0.6), 1e-6)
+
+
+def test_fewer_columns_keep_the_likeliest(prefix):
+    sample = make_dataset(prefix, columns=1)[0]
+    assert sample["teacher_ids"].shape == (SEQUENCE_LENGTH, 1)
+    taught = sample["tokens"] != EOD
+    assert (sample["teacher_ids"][taught, 0] == sample["labels"][taught]).all()
+    assert (sample["teacher_counts"][taught] == 1).all()
+
+
+def test_only_training_samples_carry_rows(prefix):
+    assert "teacher_ids" not in make_dataset(prefix, split=Split.valid)[0]
+    assert "teacher_ids" not in make_dataset(prefix, columns=0)[0]
+
+
+def test_corpus_that_is_not_there():
+    with pytest.raises(UserError, match=r"nowhere\.bin does not exist.*megatron-pd preprocess"):
+        MegatronCorpus("nowhere")
+
+
+def test_store_knows_its_corpus(prefix):
+    LogitStore(store_path_of(prefix)).check_corpus(MegatronCorpus(prefix), full=True)

@@ -1,0 +1,89 @@
+import json
+import random
+
+import pytest
+from megatron.training.config import TokenizerConfig
+
+from megatron_pd.data.corpus import MegatronCorpus
+from megatron_pd.data.preprocess import preprocess
+from megatron_pd.data.train_tokenizer import train_tokenizer
+from megatron_pd.errors import UserError
+
+
+def write_jsonl(path, texts, key="text"):
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    words = ["def", "return", "    ", "\n", "\t", "x", "y1", "äöü", "(", ")", "=", "日本"]
+    return ["".join(random.choices(words, k=random.randint(1, 400))) for _ in range(80)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write_jsonl(folder / "t.jsonl", texts)], str(folder / "t.model"), 330)
+    return TokenizerConfig(
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model=str(folder / "t.model"),
+        pad_vocab_size=False,
+    )
+
+
+def decode(config, ids):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=config.tokenizer_model).decode(ids)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_documents_come_back_in_order_and_whole(tmp_path, texts, tokenizer, workers):
+    plain = tmp_path / "plain.txt"
+    plain.write_text("one plain file\nis one document")
+    paths = [write_jsonl(tmp_path / "a.jsonl", [*texts, "", texts[0]]), str(plain)]
+    prefix = str(tmp_path / "out" / "corpus")
+    summary = preprocess(paths, prefix, tokenizer, workers=workers)
+    corpus = MegatronCorpus(prefix)
+    assert summary.documents == len(corpus) == len(texts) + 2
+    assert summary.empty_documents == 1
+    assert summary.tokens == corpus.document_lengths.sum()
+    for document, text in enumerate([*texts, texts[0], plain.read_text()]):
+        ids = corpus.tokens(document).tolist()
+        assert ids[-1] == 2  # </s>, the end of the document
+        assert decode(tokenizer, ids[:-1]) == text
+    assert not list(tmp_path.glob("out/*unfinished*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "line 2"),
+        ('{"other": "x"}', "--json-key"),
+        ('{"text": 5}', "line 2"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, tokenizer, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(UserError, match=message):
+        preprocess([str(path)], str(tmp_path / "corpus"), tokenizer)
+    assert not list(tmp_path.glob("corpus*"))
+
+
+def test_missing_input_and_tokenizer(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"nothing\.jsonl does not exist"):
+        preprocess([str(tmp_path / "nothing.jsonl")], str(tmp_path / "corpus"), tokenizer)
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    config = TokenizerConfig(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model="no.model", pad_vocab_size=False
+    )
+    with pytest.raises(UserError, match=r"no\.model does not exist"):
+        preprocess([path], str(tmp_path / "corpus"), config)
+
+
+def test_too_little_text_for_the_vocabulary(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["tiny"])
+    with pytest.raises(UserError, match="--vocab-size"):
+        train_tokenizer([path], str(tmp_path / "t.model"), 5000)
