@@ -4,8 +4,8 @@ A store is a directory: `store.json` (the manifest) and shard files.  A shard fi
 
     header | frame, frame, ... | index | CRC-32 of every page of the index | footer
 
-where a frame is a block of rows or the tables that later blocks are coded with.  While it is
-written a shard ends after its last frame and is called `….partial`.
+where a frame is a block of rows.  While it is written a shard ends after its last frame and is
+called `….partial`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from megatron_pd.store.rows import StoreError
 
 __all__ = [
     "CODECS",
-    "COMPACT",
     "DIGEST_BYTES",
     "EXACT",
     "MANIFEST_NAME",
@@ -35,7 +34,6 @@ __all__ = [
     "PAGE_BYTES",
     "PARTIAL_SUFFIX",
     "ROWS_FRAME",
-    "TABLES_FRAME",
     "Footer",
     "FrameHeader",
     "Manifest",
@@ -53,9 +51,9 @@ MANIFEST_NAME = "store.json"
 PARTIAL_SUFFIX = ".partial"
 PAGE_BYTES = 4096
 DIGEST_BYTES = 8
-EXACT, COMPACT = 0, 1
-CODECS = {"exact": EXACT, "compact": COMPACT}
-TABLES_FRAME, ROWS_FRAME = 1, 2
+EXACT = 0
+CODECS = {"exact": EXACT}
+ROWS_FRAME = 2
 
 _SHARD_NAME = re.compile(r"^(\d{12})-(\d{12})\.shard$")
 
@@ -133,7 +131,10 @@ class Manifest:
         fields = json.loads(body)
         _check_version(fields["version"], path)
         return cls(
-            *(fields[name] for name in ("vocab_size", "documents", "rows", "lengths_digest")),
+            vocab_size=fields["vocab_size"],
+            documents=fields["documents"],
+            rows=fields["rows"],
+            lengths_digest=fields["lengths_digest"],
             draws=fields["draws"],
             metadata=fields["metadata"],
         )
@@ -155,10 +156,9 @@ class ShardHeader:
     rows: int
     vocab_size: int
     draws: int
-    value_bits: int
     bound: bool
 
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQQIIBBxx")
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQQIIBxxx")
     MAGIC: ClassVar[bytes] = b"PDLOGITS"
     BYTES: ClassVar[int] = STRUCT.size + 4
 
@@ -173,7 +173,6 @@ class ShardHeader:
             self.rows,
             self.vocab_size,
             self.draws,
-            self.value_bits,
             self.bound,
         )
         return body + struct.pack("<I", zlib.crc32(body))
@@ -186,8 +185,10 @@ class ShardHeader:
             _check_version(int.from_bytes(data[8:12], "little"), path)
         if len(data) != cls.BYTES or _crc_differs(data):
             raise StoreError(f"{path}: the shard's header is damaged. Dump this shard again.")
-        _, _, _, *values, bound = cls.STRUCT.unpack(data[:-4])
-        return cls(*values, bool(bound))
+        _, _, _, store_id, first, documents, rows, vocab_size, draws, bound = cls.STRUCT.unpack(
+            data[:-4]
+        )
+        return cls(store_id, first, documents, rows, vocab_size, draws, bool(bound))
 
     @property
     def range(self) -> range:
@@ -196,7 +197,7 @@ class ShardHeader:
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """48 bytes before a block's or a table's payload."""
+    """48 bytes before a block's payload."""
 
     type: int
     codec: int
@@ -204,7 +205,7 @@ class FrameHeader:
     rows: int
     payload_bytes: int
     row: int
-    tables_offset: int
+    reserved: int
     entries: int
     max_count: int
     payload_crc: int
@@ -222,7 +223,7 @@ class FrameHeader:
             self.rows,
             self.payload_bytes,
             self.row,
-            self.tables_offset,
+            self.reserved,
             self.entries,
             self.max_count,
             self.payload_crc,

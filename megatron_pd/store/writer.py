@@ -17,7 +17,6 @@ from megatron_pd.store.format import (
     MANIFEST_NAME,
     MAX_VOCAB_SIZE,
     PARTIAL_SUFFIX,
-    ROWS_FRAME,
     Footer,
     FrameHeader,
     Manifest,
@@ -49,8 +48,7 @@ class LogitStoreWriter:
     Leaving the `with` block finishes the shard; leaving it by an exception keeps what was flushed
     and whatever of the rest reached the file.
 
-    codec       "compact" (default) or "exact" (float32 log-probabilities).
-    value_bits  resolution of `compact`, see docs/store-format.md; 10 costs at most 3e-4 nats a row.
+    codec       "exact": int32 ids and float32 log-probabilities.
     corpus      binds the shard to the corpus by a hash of every document's tokens.
     kind        "top", or "sampled" with `draws` (draws of every non-empty row).
     """
@@ -62,8 +60,7 @@ class LogitStoreWriter:
         vocab_size: int,
         document_lengths: np.ndarray,
         metadata: Mapping[str, Any],
-        codec: str = "compact",
-        value_bits: int = 10,
+        codec: str = "exact",
         corpus: Corpus | None = None,
         documents: range | None = None,
         kind: Kind = "top",
@@ -75,20 +72,20 @@ class LogitStoreWriter:
         self.documents = _checked_range(documents, len(lengths))
         self._corpus = corpus
         self._vocab_size = vocab_size
-        self._codec = CODECS[codec]
         self._manifest = Manifest.of(vocab_size, lengths, draws, metadata)
         shard_lengths = lengths[self.documents.start : self.documents.stop]
         self._starts = np.concatenate([[0], np.cumsum(shard_lengths)])
         self._next = np.zeros(len(shard_lengths), np.int64)
         self._durable = np.zeros(len(shard_lengths), np.int64)
         self._digests = np.zeros(len(shard_lengths), np.uint64)
+        self._file: AppendFile | None = None
         self._pending: dict[int, list[RaggedRows]] = {}
         self._pending_end: dict[int, int] = {}
         self._pending_entries = 0
         self._blocks: list[FrameHeader] = []
         self._offsets: list[int] = []
         self._columns: tuple[str, ...] | None = None
-        self._open(value_bits)
+        self._open()
 
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
         """Adds rows `offset`, `offset + 1`, ... of a document."""
@@ -152,9 +149,8 @@ class LogitStoreWriter:
         else:
             self.abandon()
 
-    def _open(self, value_bits: int) -> None:
+    def _open(self) -> None:
         self._final = self.path / shard_name(self.documents)
-        self._file: AppendFile | None = None
         header = ShardHeader(
             self._manifest.store_id,
             self.documents.start,
@@ -162,7 +158,6 @@ class LogitStoreWriter:
             int(self._starts[-1]),
             self._vocab_size,
             self._manifest.draws,
-            value_bits,
             self._corpus is not None,
         )
         self._header = header.to_bytes()
@@ -196,8 +191,7 @@ class LogitStoreWriter:
         end = len(self._header)
         for header, payload, offset in _frames(file):
             end = offset + FrameHeader.BYTES + len(payload)
-            if header.type == ROWS_FRAME:
-                self._remember(header, payload, offset)
+            self._remember(header, payload, offset)
         file.truncate(end)
         self._durable[:] = self._next
 
@@ -256,8 +250,8 @@ class LogitStoreWriter:
 
     def _write_block(self, row: int, rows: RaggedRows) -> None:
         assert self._file is not None
-        begun = self._begun_in(row, row + len(rows)) if self._corpus is not None else []
-        frame = encode_frame(rows, row, self._digests[begun])
+        digests = self._digests[self._begun_in(row, row + len(rows))]
+        frame = encode_frame(rows, row, digests if self._corpus is not None else digests[:0])
         self._offsets.append(self._file.append(frame))
         header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
         assert header is not None
