@@ -28,7 +28,6 @@ from megatron.core import mpu
 from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fingerprint
 from megatron_pd.data.windows import Batch, Window, batches_of, windows_of
 from megatron_pd.store import LogitStoreWriter, TeacherRows
-from megatron_pd.store.format import CODECS
 from megatron_pd.targets import check_truncation
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
 from megatron_pd.teacher.data import training_prefixes
