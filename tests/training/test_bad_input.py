@@ -1,0 +1,125 @@
+"""Whatever is wrong with the flags or files stops a run before training, with one sentence."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import VOCAB_SIZE, write_text
+from jobs import ROOT, Outcome, World, environment
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    assert all(outcome.statuses), outcome.log[-2000:]
+    assert "Traceback" not in outcome.log, outcome.log[-4000:]
+    error = outcome.log[outcome.log.rindex("error: ") :]
+    for word in words:
+        assert word in error, error
+
+
+FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "unknown loss": (["--pd-loss", "cosine"], ("--pd-loss", "kld")),
+    "unknown recipe": (["--pd-recipe", "pd-moon"], ("--pd-recipe", "pd-star")),
+    "p of 0": (["--pd-top-p", "0"], ("--pd-top-p", "(0, 1]")),
+    "p above 1": (["--pd-top-p", "1.5"], ("--pd-top-p", "(0, 1]")),
+    "k of 0": (["--pd-top-k", "0"], ("--pd-top-k", "1 or more")),
+    "alpha below 0": (["--pd-alpha", "-0.1"], ("--pd-alpha", "[0, 1]")),
+    "alpha above 1": (["--pd-alpha", "1.1"], ("--pd-alpha", "[0, 1]")),
+    "temperature of 0": (["--pd-temperature", "0"], ("--pd-temperature",)),
+    "chunk of 0": (["--pd-loss-chunk-tokens", "0"], ("--pd-loss-chunk-tokens",)),
+    "unused option": (["--pd-jsd-beta", "0.5"], ("--pd-jsd-beta", "--pd-loss jsd")),
+    "schedule longer than the run": (
+        ["--pd-alpha-schedule", "wsd", "--pd-alpha-warmup", "40", "--pd-alpha-decay", "9"],
+        ("--pd-alpha-warmup", "train longer"),
+    ),
+    "sequence parallelism on a CPU": (
+        ["--pd", "--sequence-parallel"],
+        ("--sequence-parallel", "CPU"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags(case: str, world: World) -> None:
+    flags, words = FLAGS[case]
+    outcome = world.runner.run("megatron_pd.pretrain", world.training_flags(*flags))
+    assert_refused(outcome, *words)
+
+
+def test_missing_store_and_corpus(world: World) -> None:
+    nowhere = world.folder / "nowhere"
+    for flags, words in (
+        (["--pd-store", nowhere], (str(nowhere), "megatron-pd dump")),
+        (["--pd", "--data-path", nowhere], (f"{nowhere}.bin", "--data-path")),
+    ):
+        outcome = world.runner.run("megatron_pd.pretrain", world.training_flags(*flags), ranks=2)
+        assert_refused(outcome, *words)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(world: World) -> World:
+    """Another corpus with a tokenizer of its own, of another size."""
+    text = world.folder / "elsewhere.jsonl"
+    write_text(text, seed=2)
+    tokenizer, corpus = world.folder / "elsewhere.model", world.folder / "elsewhere"
+    world.runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE - 5, corpus])
+    return World(world.runner, world.folder, tokenizer, corpus)
+
+
+def test_store_of_another_corpus(world: World, elsewhere: World) -> None:
+    store = f"{world.corpus}.pd"
+    flags = world.training_flags("--pd-store", store, corpus=elsewhere.corpus)
+    assert_refused(world.runner.run("megatron_pd.pretrain", flags), store, "corpus")
+
+
+def test_store_of_another_vocabulary(world: World, elsewhere: World) -> None:
+    flags = [*world.training_flags("--pd"), "--tokenizer-model", elsewhere.tokenizer]
+    outcome = world.runner.run("megatron_pd.pretrain", flags)
+    assert_refused(outcome, f"{world.corpus}.pd", str(VOCAB_SIZE), str(VOCAB_SIZE - 5))
+
+
+def test_store_of_another_tokenizer(world: World) -> None:
+    text, tokenizer = world.folder / "third.jsonl", world.folder / "third.model"
+    write_text(text, seed=3)
+    world.runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE, world.folder / "third"])
+    flags = [*world.training_flags("--pd"), "--tokenizer-model", tokenizer]
+    outcome = world.runner.run("megatron_pd.pretrain", flags)
+    assert_refused(outcome, f"{world.corpus}.pd", "another tokenizer", "--tokenizer-model")
+
+
+def test_truncated_store(world: World) -> None:
+    store = world.folder / "truncated.pd"
+    shutil.copytree(f"{world.corpus}.pd", store)
+    shard = max(store.iterdir(), key=lambda file: file.stat().st_size)
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size * 2 // 3)
+    outcome = world.runner.run("megatron_pd.pretrain", world.training_flags("--pd-store", store))
+    assert_refused(outcome, shard.name)
+
+
+def test_dump_flags(world: World, teacher: Path) -> None:
+    for flag, value in (("--dump-top-p", 0), ("--dump-top-k", 0), ("--dump-overlap", 64)):
+        store = world.folder / "never.pd"
+        flags = world.dump_flags(teacher, "--dump-store", store, flag, value)
+        assert_refused(world.runner.run("megatron_pd.teacher.dump", flags), flag)
+        assert not store.exists()
+    flags = world.dump_flags(world.folder / "no-checkpoint")
+    assert_refused(world.runner.run("megatron_pd.teacher.dump", flags), "--load", "no-checkpoint")
+
+
+def test_the_command_itself_under_torchrun(world: World) -> None:
+    """As a user runs it: one sentence from all ranks together, and a status that is not 0."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--nproc-per-node", "2", "-m", "megatron_pd.pretrain"]
+    found = subprocess.run(
+        [*command, *world.training_flags("--pd-store", world.folder / "nowhere")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+    assert found.returncode != 0
+    assert found.stderr.count("error: ") == 1
+    assert str(world.folder / "nowhere") in found.stderr
+    assert "elapsed time per iteration" not in found.stdout

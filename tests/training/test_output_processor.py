@@ -1,0 +1,237 @@
+"""Gradients of the output processor at 1, 2 and 4 real ranks against a dense float64 reference.
+
+The known bug of this field leaves the loss right and multiplies the gradient by the number of
+tensor-parallel ranks, or loses the share of the other ranks; so hidden states and output weight
+are compared, with and without chunks.
+"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_pd.arguments import PDConfig
+from megatron_pd.losses import mix
+from megatron_pd.output_processor import (
+    DistillationContext,
+    distillation_output_processor,
+    gathered_positions,
+)
+from megatron_pd.targets import TeacherTargets, top_p_k
+
+RANKS = 4
+S, B, H, V, K = 12, 2, 16, 64, 7
+ALPHA = 0.7
+
+
+class Sum(torch.autograd.Function):
+    """Identity forward, sum over the ranks backward: the input of a column-parallel layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class Gather(torch.autograd.Function):
+    """Sequence parallelism: all ranks' positions forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def column_parallel_layer(group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
+    enter = Gather if sequence_parallel else Sum
+
+    def output_layer(hidden: Tensor, weight: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return enter.apply(hidden, group) @ weight.T, None
+
+    return output_layer
+
+
+def random_case() -> tuple[Tensor, Tensor, Tensor, TeacherTargets]:
+    """Hidden states [S, B, H], weight [V, H], labels [B, S], rows of which some are empty."""
+    teacher = top_p_k(torch.randn(B, S, V) * 3, top_k=K)
+    counts = teacher.counts * (torch.rand(B, S) > 0.2)
+    labels = torch.randint(0, V, (B, S))
+    teacher = TeacherTargets(teacher.ids, teacher.logprobs, counts.int())
+    return torch.randn(S, B, H), torch.randn(V, H), labels, teacher
+
+
+def dense_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherTargets, tau: float
+) -> tuple[Tensor, Tensor]:
+    """Eq. 2 to 4 over the whole vocabulary, one token after another; all [B, S]."""
+    lm, kd = [], []
+    for b in range(B):
+        for s in range(S):
+            logq = torch.log_softmax(hidden[s, b] @ weight.T, dim=-1)
+            lm.append(-logq[labels[b, s]])
+            n = int(teacher.counts[b, s])
+            ids = teacher.ids[b, s, :n].long()
+            logt = torch.log_softmax(teacher.logprobs[b, s, :n].double() / tau, dim=-1)
+            kd.append((logt.exp() * (logt - logq[ids])).sum())
+    return torch.stack(lm).view(B, S), torch.stack(kd).view(B, S)
+
+
+def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel: bool) -> None:
+    hidden, weight, labels, teacher = random_case()
+    weight_of_token = torch.rand(B, S)
+    reference_hidden = hidden.double().requires_grad_()
+    reference_weight = weight.double().requires_grad_()
+    lm, kd = dense_losses(reference_hidden, reference_weight, labels, teacher, tau=2.0)
+    (mix(ALPHA, lm, kd, teacher.counts) * weight_of_token).sum().backward()
+
+    rows = slice(group.rank() * V // group.size(), (group.rank() + 1) * V // group.size())
+    length = S // group.size() if sequence_parallel else S
+    positions = slice(group.rank() * length, (group.rank() + 1) * length)
+    if not sequence_parallel:
+        positions = slice(0, S)
+    own_hidden = hidden[positions].clone().requires_grad_()
+    own_weight = weight[rows].clone().requires_grad_()
+    losses = distillation_output_processor(
+        hidden_states=own_hidden,
+        output_layer=column_parallel_layer(group, sequence_parallel),
+        output_weight=own_weight,
+        labels=labels,
+        context=DistillationContext(
+            PDConfig(temperature=2.0, loss_chunk_tokens=chunk_tokens),
+            teacher,
+            group,
+            sequence_parallel,
+        ),
+        scale_logits=lambda logits: logits,
+        runtime_gather_output=None,
+    )
+    (mix(ALPHA, losses[0], losses[1], teacher.counts) * weight_of_token).sum().backward()
+
+    for found, expected in (
+        (losses[0], lm),
+        (losses[1], kd),
+        (own_hidden.grad, reference_hidden.grad[positions]),
+        (own_weight.grad, reference_weight.grad[rows]),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def run_rank(rank: int, folder: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    failures = []
+    for size in (1, 2, 4):
+        groups = [dist.new_group(list(range(i, i + size))) for i in range(0, RANKS, size)]
+        for chunk_tokens in (None, 1, 10, 1000):
+            for sequence_parallel in (False, True):
+                torch.manual_seed(seed)
+                try:
+                    check(groups[rank // size], chunk_tokens, sequence_parallel)
+                except AssertionError as error:
+                    failures.append(
+                        f"tp {size}, chunk {chunk_tokens}, sp {sequence_parallel}: {error}"
+                    )
+    torch.save(failures, f"{folder}/failures.{rank}")
+    dist.destroy_process_group()
+
+
+def test_gradients_at_1_2_and_4_ranks(tmp_path: Path) -> None:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    mp.spawn(run_rank, (str(tmp_path), seed), nprocs=RANKS)
+    for rank in range(RANKS):
+        failures = torch.load(tmp_path / f"failures.{rank}")
+        assert not failures, f"rank {rank}: " + "\n".join(failures)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_gathered_positions(ranks: int, length: int) -> None:
+    """What a gather of every rank's chunk holds, taken from the whole sequence."""
+    sequence = torch.arange(8 * ranks)
+    for start in range(0, 8, length):
+        chunks = [own[start : start + length] for own in sequence.chunk(ranks)]
+        found = sequence[gathered_positions(start, len(chunks[0]), 8, ranks)]
+        torch.testing.assert_close(found, torch.cat(chunks))
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors [..., columns] that were alive at once, `weight` aside."""
+
+    def __init__(self, columns: int, weight: Tensor) -> None:
+        super().__init__()
+        self.columns, self.peak = columns, 0
+        self._weight = weight.untyped_storage().data_ptr()
+        self._alive: WeakSet[Any] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape[-1:] == (self.columns,):
+            if result.untyped_storage().data_ptr() != self._weight:
+                self._alive.add(result.untyped_storage())
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in self._alive))
+        return result
+
+
+@contextmanager
+def one_rank(folder: Path) -> Iterator[dist.ProcessGroup]:
+    store = dist.FileStore(str(folder / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def test_chunks_bound_the_memory_of_the_logits(tmp_path: Path) -> None:
+    columns, length = 4096, 64
+    hidden, weight = torch.randn(length, 1, H), torch.randn(columns, H)
+    labels = torch.randint(0, columns, (1, length))
+    teacher = top_p_k(torch.randn(1, length, columns), top_k=K)
+    peaks, grads = {}, {}
+    with one_rank(tmp_path) as group:
+        for chunk_tokens in (None, 16, 4):
+            own = hidden.clone().requires_grad_()
+            with PeakMemory(columns, weight) as memory:
+                distillation_output_processor(
+                    hidden_states=own,
+                    output_layer=column_parallel_layer(group, False),
+                    output_weight=weight,
+                    labels=labels,
+                    context=DistillationContext(
+                        PDConfig(loss_chunk_tokens=chunk_tokens), teacher, group, False
+                    ),
+                    scale_logits=lambda logits: logits,
+                    runtime_gather_output=None,
+                ).sum().backward()
+            peaks[chunk_tokens], grads[chunk_tokens] = memory.peak, own.grad
+    logits_bytes = length * columns * 4
+    assert peaks[None] >= logits_bytes
+    for chunk_tokens in (16, 4):
+        # One chunk's logits, and a chunk's that are being freed.
+        assert 0 < peaks[chunk_tokens] <= 2 * logits_bytes * chunk_tokens // length
+        torch.testing.assert_close(grads[chunk_tokens], grads[None], rtol=1e-5, atol=1e-6)
