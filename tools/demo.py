@@ -50,7 +50,7 @@ class ModelSize:
         return self.iterations * GLOBAL_BATCH * SEQUENCE_LENGTH
 
 
-TEACHER = ModelSize(layers=4, hidden=256, iterations=450, lr=2e-3)
+TEACHER = ModelSize(layers=4, hidden=256, iterations=300, lr=2e-3)
 STUDENT = ModelSize(layers=2, hidden=128, iterations=200, lr=3e-3)
 
 
@@ -147,7 +147,7 @@ class Demo:
                 *_torchrun("megatron_pd.cli", "dump"),
                 *("--load", self.path("checkpoints/teacher")),
                 *("--data-path", self.path("student"), "--micro-batch-size", "32"),
-                *("--dump-top-p", "0.95", "--dump-top-k", "50"),
+                *("--dump-top-p", "0.95", "--dump-top-k", "50", "--dump-overlap", "0"),
             ],
         )
         yield "train the student, LM only", self._train("student_lm_only", "student", STUDENT)
