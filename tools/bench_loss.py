@@ -1,0 +1,340 @@
+"""LM + distillation loss, forward and backward: megatron_pd beside Megatron's own, in one run.
+
+    python tools/bench_loss.py                      # 512 rows of 151,552, K = 50, bf16 and fp32
+    python tools/bench_loss.py --rows 64 --vocab-size 32000 --k 100 --dtypes bf16
+
+Every contender gets the same logits and returns the mean of 0.1·LM + 0.9·KD, with KD the forward KL
+with a ghost token, as Megatron's offline distillation has it; the losses and gradients are compared
+before anything is timed. Contenders take turns, and the fastest of the repeats counts.
+
+Floors: forward has to read the logits once, backward has to read them and write as many bytes. The
+rows called "floor" are what torch takes for just that on the same memory: its maximum, and its
+negation in place. On a CPU the arithmetic weighs about as much: some 16 vector instructions for
+every register of logits each way (a subtraction, 9 multiply-adds and additions for the exponential,
+4 to scale and mask it, 2 to load and to sum or store).
+"""
+
+import argparse
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_pd import cpu
+from megatron_pd.arguments import PDConfig
+from megatron_pd.losses import distillation_loss
+from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.targets import TeacherTargets, top_p_k
+
+__all__ = [
+    "CONTENDERS",
+    "DTYPES",
+    "Contender",
+    "Measurement",
+    "Problem",
+    "copy_bandwidth",
+    "measure",
+]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ALPHA = 0.9
+CONFIG = PDConfig(loss="kld", tail="ghost")
+
+
+@dataclass
+class Problem:
+    """One micro-batch, [S, 1, V] as Megatron has it; K = 0 is the LM loss alone."""
+
+    pristine_SBV: Tensor
+    """What the logits are set to before every run: contenders write over them."""
+
+    logits_SBV: Tensor
+    labels_SB: Tensor
+    teacher_SBK: TeacherTargets
+
+    @property
+    def k(self) -> int:
+        return self.teacher_SBK.ids.shape[-1]
+
+    @classmethod
+    def random(
+        cls, rows: int, vocab_size: int, k: int, dtype: torch.dtype, device: str
+    ) -> "Problem":
+        generator = torch.Generator(device).manual_seed(1)
+        pristine = torch.empty(rows, 1, vocab_size, dtype=dtype, device=device)
+        pristine.normal_(std=2.0, generator=generator)
+        labels = torch.randint(vocab_size, (rows, 1), device=device, generator=generator)
+        teacher = cls._random_teacher(rows, vocab_size, k, device, generator)
+        if k:
+            labels[::2] = teacher.ids[::2, :, 0].long()  # as a rule the label is among them
+        return cls(pristine, pristine.clone(), labels, teacher)
+
+    @staticmethod
+    def _random_teacher(
+        rows: int, vocab_size: int, k: int, device: str, generator: torch.Generator
+    ) -> TeacherTargets:
+        """The k likeliest of a peaked distribution over 256 ids that are spread evenly."""
+        head = torch.empty(rows, 1, max(256, k), device=device).normal_(
+            std=3.0, generator=generator
+        )
+        kept = top_p_k(head, top_k=max(1, k))
+        stride = max(1, vocab_size // head.shape[-1])
+        shift = torch.randint(stride, (rows, 1, 1), device=device, generator=generator)
+        ids = (kept.ids * stride + shift).int().clamp(max=vocab_size - 1)
+        counts = torch.full((rows, 1), k, dtype=torch.int32, device=device)
+        return TeacherTargets(ids[..., :k], kept.logprobs[..., :k], counts)
+
+
+class _OutputLayer(torch.autograd.Function):
+    """Hands out the logits as an output layer does: not a leaf, and free to be written over."""
+
+    @staticmethod
+    def forward(ctx, trigger: Tensor, logits: Tensor, gradients: list[Tensor]) -> Tensor:
+        ctx.gradients = gradients
+        # Not a view in autograd's eyes, which would forbid Megatron's writing in place.
+        same_memory = logits.untyped_storage(), logits.storage_offset(), logits.shape
+        return torch.empty(0, dtype=logits.dtype, device=logits.device).set_(*same_memory)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradients.append(gradient)
+        return None, None, None
+
+
+# --- the contenders: logits and problem → scalar loss ---------------------------------------------
+
+
+def megatron_pd_loss(logits_SBV: Tensor, problem: Problem) -> Tensor:
+    ids = torch.cat([problem.labels_SB.unsqueeze(-1).int(), problem.teacher_SBK.ids], dim=-1)
+    logq, _ = sparse_log_softmax(logits_SBV, ids, inplace_backward=True)
+    lm = -logq[..., 0]
+    if problem.k == 0:
+        return lm.mean()
+    kd = distillation_loss(
+        CONFIG, problem.teacher_SBK, logq[..., 1:], logq[..., 0], problem.labels_SB
+    )
+    return torch.lerp(lm, kd, ALPHA).mean()
+
+
+def megatron_loss(logits_SBV: Tensor, problem: Problem) -> Tensor:
+    """Megatron's cached-logits loss and its cross entropy, as its training loop combines them.
+
+    In float32 both write over the logits, and cross entropy leaves its softmax there: it is last.
+    """
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    kd = _megatron_kd(logits_SBV, problem) if problem.k else None
+    lm = vocab_parallel_cross_entropy(logits_SBV, problem.labels_SB, tp_group=dist.group.WORLD)
+    return lm.mean() if kd is None else torch.lerp(lm.mean(), kd.mean(), ALPHA)
+
+
+def megatron_fused_loss(logits_SBV: Tensor, problem: Problem) -> Tensor:
+    """The same with Megatron's fused cross entropy (--cross-entropy-loss-fusion)."""
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    kd = _megatron_kd(logits_SBV, problem) if problem.k else None
+    lm = fused_vocab_parallel_cross_entropy(logits_SBV, problem.labels_SB, dist.group.WORLD)
+    return lm.mean() if kd is None else torch.lerp(lm.mean(), kd.mean(), ALPHA)
+
+
+def _megatron_kd(logits_SBV: Tensor, problem: Problem) -> Tensor:
+    from megatron.training.distillation.cached_logits_loss import topk_kl_div
+
+    return topk_kl_div(
+        logits_SBV,
+        problem.teacher_SBK.logprobs,
+        problem.teacher_SBK.ids.long(),
+        1,
+        0,
+        dist.group.WORLD,
+        add_ghost_token=True,
+    )
+
+
+def dense_loss(logits_SBV: Tensor, problem: Problem) -> Tensor:
+    """What one writes first in PyTorch: a float32 log-softmax of everything, then gather."""
+    logq_SBV = torch.log_softmax(logits_SBV.float(), dim=-1)
+    lm = -logq_SBV.gather(-1, problem.labels_SB.unsqueeze(-1)).squeeze(-1)
+    if problem.k == 0:
+        return lm.mean()
+    logq = logq_SBV.gather(-1, problem.teacher_SBK.ids.long())
+    kd = distillation_loss(CONFIG, problem.teacher_SBK, logq, -lm, problem.labels_SB)
+    return torch.lerp(lm, kd, ALPHA).mean()
+
+
+Contender = Callable[[Tensor, Problem], Tensor]
+CONTENDERS: dict[str, Contender] = {
+    "megatron_pd": megatron_pd_loss,
+    "Megatron": megatron_loss,
+    "Megatron, fused CE": megatron_fused_loss,
+    "dense PyTorch": dense_loss,
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measurement:
+    forward_ms: float
+    backward_ms: float
+    peak_bytes: int
+    """Most memory in use during the run beyond what was there before it: the logits and teacher."""
+
+    loss: float
+
+    @property
+    def both_ms(self) -> float:
+        return self.forward_ms + self.backward_ms
+
+
+def measure(contender: Contender, problem: Problem, repeats: int) -> Measurement:
+    """Fastest forward and backward of `repeats` runs, and the memory of one more."""
+    runs = [_run(contender, problem) for _ in range(repeats)]
+    with _peak_memory(problem.logits_SBV.device) as peak:
+        _run(contender, problem)
+    return Measurement(
+        min(run[0] for run in runs), min(run[1] for run in runs), peak[0], runs[0][2]
+    )
+
+
+def gradient(contender: Contender, problem: Problem) -> Tensor:
+    """Gradient of the logits, which may be the logits' own memory."""
+    gradients: list[Tensor] = []
+    problem.logits_SBV.copy_(problem.pristine_SBV)
+    _forward(contender, problem, gradients).backward()
+    return gradients[0]
+
+
+def _forward(contender: Contender, problem: Problem, gradients: list[Tensor]) -> Tensor:
+    trigger = torch.zeros((), device=problem.logits_SBV.device, requires_grad=True)
+    return contender(_OutputLayer.apply(trigger, problem.logits_SBV, gradients), problem)
+
+
+def _run(contender: Contender, problem: Problem) -> tuple[float, float, float]:
+    """Milliseconds forward and backward, and the loss."""
+    problem.logits_SBV.copy_(problem.pristine_SBV)
+    gradients: list[Tensor] = []
+    start = _now(problem.logits_SBV.device)
+    loss = _forward(contender, problem, gradients)
+    middle = _now(problem.logits_SBV.device)
+    loss.backward()
+    end = _now(problem.logits_SBV.device)
+    return (middle - start) * 1e3, (end - middle) * 1e3, loss.item()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """The block's highest memory use above that at its start, as the one item of the list."""
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+    else:
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # the kernel's high-water mark starts again from here
+        before = _status_bytes("VmRSS")
+        yield peak
+        peak.append(max(0, _status_bytes("VmHWM") - before))
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def floors_ms(problem: Problem, repeats: int) -> tuple[float, float]:
+    """Milliseconds of one read of the logits, and of one read and write in place."""
+    words = problem.logits_SBV.view(torch.int16).flatten()
+    words = words[: words.numel() // 2 * 2].view(torch.float32)
+    words.fill_(1.0)
+    return _best_ms(words.amax, words.device, repeats), _best_ms(words.neg_, words.device, repeats)
+
+
+def _best_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
+    milliseconds = []
+    for _ in range(repeats):
+        start = _now(device)
+        action()
+        milliseconds.append((_now(device) - start) * 1e3)
+    return min(milliseconds)
+
+
+def assert_same(problem: Problem, contenders: dict[str, Contender]) -> None:
+    """All contenders must give the first one's gradient, to the coarseness of their float type."""
+    first, *others = contenders.items()
+    expected = gradient(first[1], problem).float().clone()
+    scale = expected.abs().max()
+    for name, contender in others:
+        error = (gradient(contender, problem).float() - expected).abs().max() / scale
+        if not error < 0.01:
+            raise SystemExit(
+                f"error: the gradients of {name} and {first[0]} differ by {error:.1%}."
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=151_552)
+    parser.add_argument("--k", type=int, default=50, help="teacher entries a token")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+
+    warnings.filterwarnings("ignore", module="megatron")
+    torch.set_num_threads(options.threads)
+    cpu.install()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for name in options.dtypes:
+        compare(name, options)
+    dist.destroy_process_group()
+
+
+def compare(dtype: str, options: argparse.Namespace) -> None:
+    """Print the table of one dtype and the ratios that the project promises."""
+    problem = Problem.random(options.rows, options.vocab_size, options.k, DTYPES[dtype], "cpu")
+    lm_only = Problem.random(options.rows, options.vocab_size, 0, DTYPES[dtype], "cpu")
+    size = problem.logits_SBV.nbytes
+    print(
+        f"\n{dtype}, {options.rows} rows × {options.vocab_size}, {options.threads} threads: "
+        f"logits {size / 1e6:.0f} MB"
+    )
+    print(f"{'':24}{'K':>4}{'forward':>11}{'backward':>11}{'both':>11}{'extra peak':>14}")
+    read, write = floors_ms(problem, options.repeats)
+    print(f"{'floor':28}{read:8.1f} ms{write:8.1f} ms{read + write:8.1f} ms")
+    results = {}
+    for case in (lm_only, problem):
+        assert_same(case, CONTENDERS)
+        for name, contender in CONTENDERS.items():
+            result = results[name, case.k] = measure(contender, case, options.repeats)
+            print(
+                f"{name:24}{case.k:4}{result.forward_ms:8.1f} ms{result.backward_ms:8.1f} ms"
+                f"{result.both_ms:8.1f} ms{result.peak_bytes / size:12.1%}"
+            )
+    ours, lm = results["megatron_pd", options.k], results["megatron_pd", 0]
+    print(
+        f"megatron_pd is {results['Megatron', options.k].both_ms / ours.both_ms:.1f} times as fast "
+        f"as Megatron; K = {options.k} costs {ours.both_ms / lm.both_ms - 1:+.1%} over K = 0."
+    )
+
+
+if __name__ == "__main__":
+    main()
