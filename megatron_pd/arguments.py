@@ -182,6 +182,13 @@ class PDConfig:
         _check_combinations(self)
 
     @property
+    def row_statistic(self) -> str | None:
+        """The column of the store that the adaptive temperature reads, if it reads one."""
+        return {"normkd": "std", "adakd-sd": "std", "adakd-h": "entropy"}.get(
+            self.adaptive_temperature or ""
+        )
+
+    @property
     def needs_tempered_student(self) -> bool:
         """Whether the loss needs the student's full-vocabulary log-softmax at
         `student_temperature` beside the one at 1: not where only the row is tempered."""

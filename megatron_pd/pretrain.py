@@ -149,6 +149,7 @@ def _provide_datasets(
             **fields,
             stores=distillation.data.stores,
             teacher_columns=distillation.data.columns if _is_last_stage(vp_stage) else 0,
+            teacher_statistic=distillation.data.statistic,
         )
     return BlendedMegatronDatasetBuilder(
         dataset_class,
@@ -205,6 +206,7 @@ def _forward_step(
         vp_stage=get_attr_wrapped_model(model, "vp_stage"),
         config=get_attr_wrapped_model(model, "config"),
         teacher_columns=distils.data.columns if distils else 0,
+        teacher_statistic=distils is not None and distils.data.statistic is not None,
     )
     timers("batch-generator").stop()
     inputs = {
@@ -216,8 +218,12 @@ def _forward_step(
     }
     if distils is None or batch.get("teacher_ids") is None:
         return model(**inputs), functools.partial(_lm_loss, batch["loss_mask"])
+    statistic = distils.data.statistic
     teacher = TeacherTargets(
-        batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_counts"]
+        batch["teacher_ids"],
+        batch["teacher_logprobs"],
+        batch["teacher_counts"],
+        **({} if statistic is None else {statistic: batch["teacher_statistic"]}),
     )
     losses_2BS = model(
         **inputs,

@@ -36,15 +36,18 @@ def get_batch(
     vp_stage: int | None,
     config: Any,
     teacher_columns: int,
+    teacher_statistic: bool = False,
 ) -> dict[str, Any]:
     """The next micro-batch, on this rank's device; None for what this pipeline stage doesn't need.
 
     Args:
         teacher_columns: K of the teacher's rows; 0 where the samples carry none.
+        teacher_statistic: whether the samples also carry a statistic of every row.
     Returns:
         tokens, labels, position_ids int64 [B, S], loss_mask float32 [B, S], attention_mask, and on
         the last stage with `teacher_columns` also teacher_ids int32 [B, S, K], teacher_logprobs
-        float32 [B, S, K] and teacher_counts int32 [B, S]; S is this context-parallel rank's share.
+        float32 [B, S, K], teacher_counts int32 [B, S] and, if asked for, teacher_statistic float32
+        [B, S]; S is this context-parallel rank's share.
     """
     args = get_args()
     if not _uses_data(vp_stage, config):
@@ -79,14 +82,15 @@ def get_batch(
         is_pipeline_last_stage=is_last_stage,
     )
     if teacher_columns and is_last_stage:
-        batch.update(_broadcast_rows(sample, (micro_batch_size, args.seq_length), teacher_columns))
+        shape = (micro_batch_size, args.seq_length)
+        batch.update(_broadcast_rows(sample, shape, teacher_columns, teacher_statistic))
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
 
 
 def _broadcast_rows(
-    sample: dict[str, torch.Tensor], shape: tuple[int, int], columns: int
+    sample: dict[str, torch.Tensor], shape: tuple[int, int], columns: int, statistic: bool
 ) -> dict[str, torch.Tensor]:
     """The sample's teacher rows on every TP rank; the first one has them."""
     device = torch.cuda.current_device()
@@ -95,6 +99,8 @@ def _broadcast_rows(
         "teacher_logprobs": torch.empty(*shape, columns, dtype=torch.float32, device=device),
         "teacher_counts": torch.empty(*shape, dtype=torch.int32, device=device),
     }
+    if statistic:
+        rows["teacher_statistic"] = torch.empty(*shape, dtype=torch.float32, device=device)
     for key, buffer in rows.items():
         if sample:
             buffer.copy_(sample[key], non_blocking=True)

@@ -32,12 +32,15 @@ class PDGPTDatasetConfig(GPTDatasetConfig):
     """K: columns of every row; of longer rows the strongest K entries. 0: read no rows (a rank
     that computes no loss)."""
 
+    teacher_statistic: str | None = None
+    """A per-row column of the stores, "entropy" or "std", to go with the rows."""
+
 
 class PDGPTDataset(GPTDataset):
     """GPTDataset whose training samples also carry the teacher's rows.
 
     Adds to each sample: `teacher_ids` int32 [S, K] (−1 padded), `teacher_logprobs` float32 [S, K],
-    `teacher_counts` int32 [S].
+    `teacher_counts` int32 [S], and with `teacher_statistic` also `teacher_statistic` float32 [S].
     """
 
     config: PDGPTDatasetConfig
@@ -59,6 +62,8 @@ class PDGPTDataset(GPTDataset):
         ids = np.full((length, columns), -1, dtype=np.int32)
         logprobs = np.zeros((length, columns), dtype=np.float32)
         counts = np.zeros(length, dtype=np.int32)
+        statistic = np.ones(length, dtype=np.float32)
+        name = self.config.teacher_statistic
         sample = self.shuffle_index[idx]
         spans = document_spans(
             self.document_index,
@@ -68,12 +73,18 @@ class PDGPTDataset(GPTDataset):
             length,
         )
         rows = int(spans[:, 2].sum())
-        store.gather(spans, ids[:rows], logprobs[:rows], counts[:rows])
-        return {
+        columns_out = {} if name is None else {name: statistic[:rows]}
+        store.gather(spans, ids[:rows], logprobs[:rows], counts[:rows], columns_out)
+        # Rows without a teacher have no statistic; any number will do, but NaN would spread.
+        np.nan_to_num(statistic, copy=False, nan=1.0)
+        rows_of_sample = {
             "teacher_ids": torch.from_numpy(ids),
             "teacher_logprobs": torch.from_numpy(logprobs),
             "teacher_counts": torch.from_numpy(counts),
         }
+        if name is not None:
+            rows_of_sample["teacher_statistic"] = torch.from_numpy(statistic)
+        return rows_of_sample
 
 
 def document_spans(

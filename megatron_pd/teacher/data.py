@@ -23,6 +23,9 @@ class TeacherData:
     columns: int
     """K: the most entries of any row that training reads."""
 
+    statistic: str | None
+    """The per-row column that training reads too: PDConfig.row_statistic."""
+
 
 def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
     """Find and check the store of every training corpus.
@@ -47,12 +50,15 @@ def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
         corpus = MegatronCorpus(prefix)
         store = _open_store(prefix, path)
         _check_tokenizer(store, path, tokenizer)
+        _check_statistic(store, path, config)
         if int(os.environ.get("RANK", "0")) == 0:
             store.check_corpus(corpus)
         columns = max(columns, store.max_count)
     if config.top_k is not None:
         columns = min(columns, config.top_k)
-    return TeacherData(dict(zip(prefixes, paths, strict=True)), columns)
+    return TeacherData(
+        dict(zip(prefixes, paths, strict=True)), columns, statistic=config.row_statistic
+    )
 
 
 def training_prefixes(args: Any) -> list[str]:
@@ -88,4 +94,14 @@ def _check_tokenizer(store: LogitStore, path: str, tokenizer: Any) -> None:
         raise UserError(
             f"{path} was dumped with another tokenizer (fingerprint {expected}, this run's is "
             f"{found}): give the --tokenizer-model that the teacher used."
+        )
+
+
+def _check_statistic(store: LogitStore, path: str, config: PDConfig) -> None:
+    statistic = config.row_statistic
+    if statistic is not None and statistic not in store.read(0, 0, 1).columns:
+        raise UserError(
+            f"{path} has no column {statistic!r}, which --pd-adaptive-temperature "
+            f"{config.adaptive_temperature} reads for every row: dump the teacher again with "
+            "--dump-statistics, or choose wttm or a fixed --pd-temperature."
         )

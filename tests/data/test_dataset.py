@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
@@ -49,7 +50,9 @@ def prefix(tmp_path_factory):
             ids[:-1] = np.stack([following, following + 1], axis=1)
             logprobs = np.zeros((len(tokens), 2), np.float32)
             logprobs[:-1] = np.log([0.6, 0.3])
-            writer.append(document, 0, TeacherRows(ids, logprobs, counts))
+            entropy = np.append(tokens[:-1], np.nan).astype(np.float32)  # tells rows apart
+            rows = TeacherRows(ids, logprobs, counts, {"entropy": entropy})
+            writer.append(document, 0, rows)
     return prefix
 
 
@@ -92,6 +95,14 @@ def test_fewer_columns_keep_the_likeliest(prefix):
     taught = sample["tokens"] != EOD
     assert (sample["teacher_ids"][taught, 0] == sample["labels"][taught]).all()
     assert (sample["teacher_counts"][taught] == 1).all()
+
+
+def test_rows_carry_the_statistic_that_is_asked_for(prefix):
+    sample = make_dataset(prefix, teacher_statistic="entropy")[0]
+    taught = sample["tokens"] != EOD
+    expected = torch.where(taught, sample["tokens"].float(), 1.0)
+    torch.testing.assert_close(sample["teacher_statistic"], expected)
+    assert "teacher_statistic" not in make_dataset(prefix)[0]
 
 
 def test_only_training_samples_carry_rows(prefix):
