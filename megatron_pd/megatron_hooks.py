@@ -6,6 +6,7 @@ Written against megatron-core 0.19.2.
 import functools
 from typing import Any
 
+import torch
 from megatron.core.datasets import utils as datasets_utils
 from megatron.core.optimizer import distrib_optimizer
 
@@ -28,9 +29,11 @@ def skip_helpers_compilation() -> None:
 def resume_distributed_optimizer() -> None:
     """Let `--use-distributed-optimizer` load its checkpoint without Apex and Transformer Engine.
 
-    With torch's own Adam, Megatron reads the step from the optimizer's state before that exists,
-    and stops at an assertion. It fills the state with dummies itself in other places, and what is
-    loaded overwrites them.
+    With torch's own Adam, Megatron (1) reads the step from the optimizer's state before that
+    exists, and stops at an assertion; it fills the state with dummies itself in other places, and
+    what is loaded overwrites them. It (2) copies loaded values into views of the parameters, which
+    autograd refuses for float32 parameters unless it is off. It (3) loses the loaded step among
+    the parameters' states, so that the bias correction of a resumed run would be wrong.
     """
     optimizer = distrib_optimizer.DistributedOptimizer
     original = optimizer.sharded_state_dict
@@ -45,4 +48,15 @@ def resume_distributed_optimizer() -> None:
             self._init_optimizer_states_with_dummy_values()
         return original(self, model_sharded_state_dict, is_loading, **options)
 
+    load = optimizer.load_state_dict
+
+    @functools.wraps(load)
+    @torch.no_grad()
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(step)
+
     optimizer.sharded_state_dict = sharded_state_dict
+    optimizer.load_state_dict = load_state_dict
