@@ -30,6 +30,7 @@ MODULES = (
     "corpus_job",
 )
 TIMEOUT_S = 240
+GRACE_S = 5
 
 
 def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
@@ -78,7 +79,10 @@ def run(job: dict[str, Any]) -> list[int]:
             code = os.waitstatus_to_exitcode(status)
             statuses[ranks.pop(process)] = code
         killed = job["kill_when"] and glob.glob(job["kill_when"])
-        if any(statuses) or killed or time.monotonic() > deadline:
+        if any(statuses):
+            # As under torchrun, the others have a moment to say what they found.
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        if killed or time.monotonic() > deadline:
             for survivor in ranks:
                 os.kill(survivor, signal.SIGKILL)
         if not process:
