@@ -92,6 +92,8 @@ def main() -> int:
 
 def _extra_arguments(parser):
     cpu.set_cpu_defaults(parser)
+    # Megatron 0.19.2 divides by it even where --eval-iters 0 asks for no validation.
+    parser.set_defaults(eval_interval=1000)
     return add_pd_arguments(parser)
 
 

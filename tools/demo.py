@@ -185,7 +185,7 @@ class Demo:
             *("--tokenizer-model", self.path("tokenizer.model")),
             *("--data-path", self.path(corpus), "--split", "100,0,0"),
             *("--data-cache-path", self.path("index-cache"), "--num-workers", "0"),
-            *f"--eval-iters 0 --eval-interval 1000 --log-interval 10 --seed {self.seed}".split(),
+            *f"--eval-iters 0 --log-interval 10 --seed {self.seed}".split(),
             *("--tensorboard-dir", self.path(f"tensorboard/{model}")),
             *("--tensorboard-log-interval", "1"),
             *("--save", self.path(f"checkpoints/{model}")),

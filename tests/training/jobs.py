@@ -26,7 +26,7 @@ ARCHITECTURE = """
 TRAINING = """
     --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --seed 1234 --lr 5e-3
     --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 2 --lr-warmup-iters 2
-    --clip-grad 1.0 --weight-decay 0.1 --split 100,0,0 --eval-iters 0 --eval-interval 1000
+    --clip-grad 1.0 --weight-decay 0.1 --split 100,0,0 --eval-iters 0
     --num-workers 0
     --no-create-attention-mask-in-dataloader --log-interval 1 --dataloader-type single
 """.split()
