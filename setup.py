@@ -3,7 +3,7 @@
 Three shared libraries, each from the sources of one folder under csrc/:
 
     megatron_pd/ops/_sparse_log_softmax       the operators and their CPU kernels
-    megatron_pd/ops/_sparse_log_softmax_cuda  their CUDA kernels, where nvcc is found
+    megatron_pd/ops/_sparse_log_softmax_cuda  their CUDA kernels, where nvcc fits torch's CUDA
     megatron_pd/store/_logit_codec            the codec of the logit store (pybind11, no torch)
 
 The CPU kernels are one source compiled once per instruction set, so files need their own flags,
@@ -11,8 +11,8 @@ and setuptools compiles an editable install into a fresh temporary folder each t
 compiler is called here: objects stay in build/, and one is compiled again only when its command
 line or a file it includes has changed.
 
-Environment: MEGATRON_PD_BUILD_CUDA=0|1|auto (default auto), TORCH_CUDA_ARCH_LIST, CUDA_HOME,
-CXX, MAX_JOBS.
+Environment: MEGATRON_PD_BUILD_CUDA=0|1|auto (default auto: build if it can be built), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), CXX, MAX_JOBS.
 """
 
 import os
@@ -30,12 +30,21 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc" / "sparse_log_softmax"
 OBJECTS = ROOT / "build" / "objects"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-DNDEBUG"]
 CXX_FLAGS += [
     "-ffp-contract=fast"
 ]  # the exponential's range reduction gains from fused multiply-add
+
+EXTENSION_NAMES = (
+    "megatron_pd.ops._sparse_log_softmax",
+    "megatron_pd.ops._sparse_log_softmax_cuda",
+    "megatron_pd.store._logit_codec",
+)
+BUILD_CUDA = os.environ.get("MEGATRON_PD_BUILD_CUDA", "auto")
+CUDA_ARCHITECTURES = {"8.0": "sm_80", "9.0": "sm_90", "10.0": "sm_100"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,8 @@ class Library:
 def x86_flags(path: Path) -> tuple[str, ...]:
     """Instruction set of one CPU kernel file; the operator chooses between them at run time."""
     return {
-        "cpu_rows_avx2": ("-mavx2", "-mfma"),
-        "cpu_rows_avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "rows_avx2": ("-mavx2", "-mfma"),
+        "rows_avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
     }.get(path.stem, ())
 
 
@@ -81,13 +90,32 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
 def sparse_log_softmax() -> Library:
     compile_flags, link_flags = torch_flags()
-    folder = ROOT / "csrc" / "sparse_log_softmax"
-    paths = sorted(folder.glob("*.cpp"))
+    paths = [CSRC / "operators.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     if platform.machine() not in ("x86_64", "AMD64"):
         paths = [path for path in paths if not x86_flags(path)]
     compiler = (*CXX, *CXX_FLAGS, *compile_flags)
     sources = [Source(path, compiler, x86_flags(path)) for path in paths]
     return Library("megatron_pd.ops._sparse_log_softmax", sources, link_flags)
+
+
+def sparse_log_softmax_cuda() -> Library:
+    """Raises CudaUnavailableError where this machine or this torch can't build it."""
+    toolkit = cuda_toolkit()
+    compile_flags, link_flags = torch_flags()
+    # Headers and libraries that a minimal toolkit lacks are in the wheels that torch depends on.
+    wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{cuda_major(toolkit)}"
+    includes = [f"-isystem{path}" for path in (toolkit / "include", wheel / "include")]
+    nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
+    nvcc += ["-ccbin", CXX[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    nvcc += [flag for arch in cuda_architectures(toolkit) for flag in gencode(arch)]
+    sources = [
+        Source(CSRC / "cuda" / "launch.cu", tuple(nvcc)),
+        Source(CSRC / "cuda" / "operators.cpp", (*CXX, *CXX_FLAGS, *compile_flags, *includes)),
+    ]
+    runtime = [str(path) for path in sorted((wheel / "lib").glob("libcudart.so.*"))[:1]]
+    runtime = runtime or [f"-L{toolkit / 'lib64'}", "-lcudart"]
+    link_flags = [*link_flags, "-lc10_cuda", *runtime]
+    return Library("megatron_pd.ops._sparse_log_softmax_cuda", sources, link_flags)
 
 
 def logit_codec() -> Library:
@@ -100,14 +128,91 @@ def logit_codec() -> Library:
 
 
 def libraries() -> list[Library]:
-    return [library for library in (sparse_log_softmax(), logit_codec()) if library.sources]
+    found = [sparse_log_softmax(), logit_codec()]
+    if BUILD_CUDA != "0":
+        try:
+            found.append(sparse_log_softmax_cuda())
+        except CudaUnavailableError as error:
+            report_no_cuda(error)
+    return [library for library in found if library.sources]
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+class CudaUnavailableError(Exception):
+    """Why the CUDA kernels can't be built here, as a sentence."""
+
+
+def report_no_cuda(error: Exception) -> None:
+    """Building without CUDA is fine unless it was asked for."""
+    if BUILD_CUDA == "1":
+        raise SystemExit(f"error: MEGATRON_PD_BUILD_CUDA=1, but {error}")
+    print(f"Building without CUDA kernels (the CPU's are complete): {error}", flush=True)
+
+
+def cuda_toolkit() -> Path:
+    """The folder of nvcc and its headers, of the CUDA version that torch was built with."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise CudaUnavailableError(f"torch {torch.__version__} is a build without CUDA.")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        raise CudaUnavailableError(
+            f"{nvcc} doesn't exist." if home else "no nvcc is on PATH and CUDA_HOME isn't set."
+        )
+    # nvcc on PATH may be a script or a link; it knows itself where its toolkit is.
+    dry_run = run_tool(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull)
+    top = next(line.partition("TOP=")[2] for line in dry_run.splitlines() if "TOP=" in line)
+    toolkit = Path(top.strip()).resolve()
+    if cuda_major(toolkit) != torch.version.cuda.partition(".")[0]:
+        raise CudaUnavailableError(
+            f"{nvcc} is of CUDA {cuda_major(toolkit)} and torch was built with CUDA "
+            f"{torch.version.cuda}: install a toolkit of torch's version, or set CUDA_HOME to it."
+        )
+    return toolkit
+
+
+def run_tool(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CudaUnavailableError(f"{command[0]} doesn't run: {error}.") from error
+    return done.stdout + done.stderr
+
+
+def cuda_major(toolkit: Path) -> str:
+    version = run_tool(str(toolkit / "bin" / "nvcc"), "--version")
+    return version.partition("release ")[2].partition(".")[0]
+
+
+def cuda_architectures(toolkit: Path) -> list[str]:
+    """As in TORCH_CUDA_ARCH_LIST; by default A100, H100 and, where nvcc knows it, B200."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if wanted:
+        return wanted.replace(";", " ").split()
+    known = run_tool(str(toolkit / "bin" / "nvcc"), "--list-gpu-code").split()
+    return [arch for arch, code in CUDA_ARCHITECTURES.items() if code in known]
+
+
+def gencode(arch: str) -> list[str]:
+    number, _, ptx = arch.partition("+")
+    code = number.replace(".", "")
+    flags = [f"-gencode=arch=compute_{code},code=sm_{code}"]
+    return flags + [f"-gencode=arch=compute_{code},code=compute_{code}"] * (ptx == "PTX")
 
 
 # --- how it is built -----------------------------------------------------------------------------
 
 
+class BuildError(Exception):
+    """A compiler or linker failed; what it said is on stderr."""
+
+
 def object_path(library: Library, source: Source) -> Path:
-    return OBJECTS / library.name / (source.path.name + ".o")
+    return OBJECTS / library.name / source.path.relative_to(ROOT / "csrc").with_suffix(".o")
 
 
 def compile_command(library: Library, source: Source) -> list[str]:
@@ -142,7 +247,7 @@ def run_once(target: Path, command: list[str], inputs: list[Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
-        raise RuntimeError(f"Building {target.name} failed; the command was: {shlex.join(command)}")
+        raise BuildError(f"building {target.name} failed; the command was: {shlex.join(command)}")
     Path(f"{target}.command").write_text(shlex.join(command))
 
 
@@ -175,13 +280,24 @@ def install(shared: Path, target: Path) -> None:
 
 class BuildLibraries(build_ext):
     def build_extensions(self) -> None:
-        self.built = {library.name: build(library) for library in LIBRARIES}
-        for name, shared in self.built.items():
-            install(shared, Path(self.get_ext_fullpath(name)))
+        self.built: dict[str, Path] = {}
+        for library in LIBRARIES:
+            try:
+                shared = self.built[library.name] = build(library)
+            except BuildError as error:
+                if not library.name.endswith("_cuda"):
+                    raise SystemExit(f"error: {error}") from error
+                report_no_cuda(error)
+            else:
+                install(shared, Path(self.get_ext_fullpath(library.name)))
 
     def copy_extensions_to_source(self) -> None:
-        for name, shared in self.built.items():
-            install(shared, ROOT / self.get_ext_filename(name))
+        for name in EXTENSION_NAMES:
+            target = ROOT / self.get_ext_filename(name)
+            if name in self.built:
+                install(self.built[name], target)
+            else:
+                target.unlink(missing_ok=True)  # an earlier build's, out of step with the rest
 
 
 LIBRARIES = libraries()

@@ -13,6 +13,8 @@
 
 namespace megatron_pd {
 
+enum class LogitType { kFloat32, kBFloat16, kFloat16 };
+
 // Rows of a [outer, inner, V] tensor whose last stride is 1. Two leading dimensions are enough for
 // Megatron's [s, b, V] and for its transpose, so neither has to be copied.
 struct RowLayout {
@@ -55,6 +57,14 @@ struct Shard {
     const int64_t column = id - first_id;
     return column >= 0 && column < live_columns ? column : -1;
   }
+};
+
+// Temperatures, one per row or one for all.
+struct Temperatures {
+  const float* data;
+  bool per_row;
+
+  MEGATRON_PD_HOST_DEVICE float at(int64_t row) const { return data[per_row ? row : 0]; }
 };
 
 }  // namespace megatron_pd

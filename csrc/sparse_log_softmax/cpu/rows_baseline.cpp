@@ -1,4 +1,4 @@
 // Any CPU: SSE2 on x86-64, NEON on AArch64.
 #define MEGATRON_PD_ISA baseline
 #define MEGATRON_PD_VECTOR_BYTES 16
-#include "cpu_rows_impl.h"
+#include "rows_impl.h"

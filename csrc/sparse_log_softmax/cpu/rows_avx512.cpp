@@ -1,4 +1,4 @@
 // x86-64 with AVX-512 F, BW, DQ and VL.
 #define MEGATRON_PD_ISA avx512
 #define MEGATRON_PD_VECTOR_BYTES 64
-#include "cpu_rows_impl.h"
+#include "rows_impl.h"

@@ -1,4 +1,4 @@
-// The loops of cpu_rows.h, written with the compiler's vector types and included once per
+// The loops of rows.h, written with the compiler's vector types and included once per
 // instruction set (MEGATRON_PD_ISA names it, MEGATRON_PD_VECTOR_BYTES is its register width).
 //
 // Everything is in an unnamed namespace and no standard template is used: an inline function shared
@@ -11,7 +11,7 @@
 
 #include <cstring>
 
-#include "cpu_rows.h"
+#include "rows.h"
 
 namespace megatron_pd {
 namespace {

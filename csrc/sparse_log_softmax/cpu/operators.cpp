@@ -1,4 +1,4 @@
-// The operators on the CPU: rows are shared out over threads, a row's two loops are in cpu_rows_*.
+// The operators on the CPU: rows are shared out over threads, a row's two loops are in rows_impl.h.
 //
 // Passes over memory: forward reads the logits once; backward reads and writes them once, or writes
 // the gradient elsewhere. Besides those there are only [T], [T, K] and [T, 1+K] tensors.
@@ -16,8 +16,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_rows.h"
-#include "operators.h"
+#include "rows.h"
+#include "../operators.h"
 #include "slot_map.h"
 
 namespace megatron_pd {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace megatron_pd {
+#include "../problem.h"
 
-enum class LogitType { kFloat32, kBFloat16, kFloat16 };
+namespace megatron_pd {
 
 // Largest logit and Σ exp((z − max)/temperature) of `count` logits, read once.
 // A row without finite logits gives (−inf, 0); a NaN anywhere makes the sum NaN.

@@ -1,0 +1,259 @@
+// The CUDA kernels: one block per row in both directions.
+//
+//   forward   each thread keeps the maximum and Σ exp of what it reads (online softmax), 16 bytes a
+//             load and four loads under way; the block merges them; then the K logits are gathered.
+//   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over the row, and
+//             after a barrier writes the chosen columns once more with their own gradients added.
+//
+// The logits are read once forward and read and written once backward; every other access is to
+// [T, K]. No atomics: an id that stands in several columns is summed by the thread of its first
+// column, in column order, in float32, so results are the same every time. Indices are 64-bit.
+//
+// An id that isn't in the vocabulary gives NaN, since a kernel can't raise; −1 is padding.
+//
+// Compiled by nvcc, and for the host by tests/csrc/cuda_emulator.h.
+#pragma once
+
+#include "launch.h"
+#include "logits.cuh"
+
+namespace megatron_pd {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBatch = 4;  // vectors that a thread has under way, to cover the memory's latency
+
+constexpr float kLog2E = 1.44269504088896341f;
+#define MEGATRON_PD_INFINITY __builtin_huge_valf()
+
+__device__ __forceinline__ float exp_scaled(float x, float scale) { return exp2f(x * scale); }
+
+// --- online softmax -------------------------------------------------------------------------------
+
+// Σ exp((z − max)/τ) of the logits seen so far. A NaN doesn't enter the maximum but makes the sum NaN.
+struct Running {
+  float max = -MEGATRON_PD_INFINITY;
+  float sum = 0.0f;
+
+  // What to subtract: nothing while only −inf was seen, as −inf − −inf isn't a number.
+  __device__ __forceinline__ float shift() const { return max == -MEGATRON_PD_INFINITY ? 0.0f : max; }
+
+  __device__ __forceinline__ void raise(float to, float scale) {
+    if (to <= max) return;
+    if (max != -MEGATRON_PD_INFINITY) sum *= exp_scaled(max - to, scale);
+    max = to;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&z)[kCount], float scale) {
+    float largest = z[0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, z[i]);
+    if (largest > max) raise(largest, scale);  // false for NaN
+    const float subtract = shift();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += exp_scaled(z[i] - subtract, scale);
+  }
+
+  __device__ __forceinline__ void merge(float other_max, float other_sum, float scale) {
+    const float larger = fmaxf(max, other_max);
+    raise(larger, scale);
+    const bool rescale = other_max != -MEGATRON_PD_INFINITY && other_max != larger;
+    sum += rescale ? other_sum * exp_scaled(other_max - larger, scale) : other_sum;
+  }
+};
+
+// The same in all threads of the block.
+template <int kThreads>
+__device__ __forceinline__ Running merge_over_block(Running own, float scale) {
+  __shared__ float warp_max[kThreads / kWarpSize];
+  __shared__ float warp_sum[kThreads / kWarpSize];
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    const float other_max = __shfl_xor_sync(kAllLanes, own.max, distance);
+    const float other_sum = __shfl_xor_sync(kAllLanes, own.sum, distance);
+    own.merge(other_max, other_sum, scale);
+  }
+  if (threadIdx.x % kWarpSize == 0) {
+    warp_max[threadIdx.x / kWarpSize] = own.max;
+    warp_sum[threadIdx.x / kWarpSize] = own.sum;
+  }
+  __syncthreads();
+  Running all;
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) all.merge(warp_max[warp], warp_sum[warp], scale);
+  return all;
+}
+
+template <class Logit, int kThreads>
+__device__ __forceinline__ Running read_row(const typename Logit::Storage* z, int64_t count, float scale) {
+  using Row = Vector<Logit>;
+  constexpr int kSize = Row::kSize;
+  const Split<Logit> split(z, count);
+  Running running;
+
+  const auto add_one = [&](int64_t index) {
+    const float one[1] = {Logit::widen(z[index])};
+    running.add(one, scale);
+  };
+  for (int64_t i = threadIdx.x; i < split.head; i += kThreads) add_one(i);
+  for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) add_one(i);
+
+  const auto* body = z + split.head;
+  int64_t i = threadIdx.x;
+  for (; i + (kBatch - 1) * kThreads < split.vectors; i += kBatch * kThreads) {
+    Row rows[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) rows[b] = Row::load(body + (i + b * kThreads) * kSize);
+    float wide[kBatch * kSize];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) wide[b * kSize + k] = Logit::widen(rows[b].values[k]);
+    }
+    running.add(wide, scale);
+  }
+  for (; i < split.vectors; i += kThreads) {
+    const Row row = Row::load(body + i * kSize);
+    float wide[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) wide[k] = Logit::widen(row.values[k]);
+    running.add(wide, scale);
+  }
+  return running;
+}
+
+template <class Logit, int kThreads>
+__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments in) {
+  const int64_t row = blockIdx.x;
+  const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
+  const float scale = kLog2E / in.temperatures.at(row);
+  const Running own = read_row<Logit, kThreads>(z, in.shard.live_columns, scale);
+  const Running all = merge_over_block<kThreads>(own, scale);
+
+  float* sums = in.sums + row * (1 + in.ids.count);
+  if (threadIdx.x == 0) {
+    in.max[row] = all.max;
+    sums[0] = all.sum;
+  }
+  for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
+    const int64_t id = in.ids.at(row, j);
+    const int64_t column = in.shard.column(id);
+    float picked = column < 0 ? 0.0f : Logit::widen(z[column]);
+    if (id != kPaddingId && !in.shard.is_known(id)) picked = __builtin_nanf("");
+    sums[1 + j] = picked;
+  }
+}
+
+// --- backward -------------------------------------------------------------------------------------
+
+template <int kThreads>
+__device__ __forceinline__ float sum_over_block(float own) {
+  __shared__ float warp_sum[kThreads / kWarpSize];
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    own += __shfl_xor_sync(kAllLanes, own, distance);
+  }
+  if (threadIdx.x % kWarpSize == 0) warp_sum[threadIdx.x / kWarpSize] = own;
+  __syncthreads();
+  float all = 0.0f;
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) all += warp_sum[warp];
+  return all;
+}
+
+// out[i] = function(z[i]) for the block's row, in vectors where both rows can be read as such.
+template <class Logit, int kThreads, class Function>
+__device__ __forceinline__ void map_row(const typename Logit::Storage* z, typename Logit::Storage* out, int64_t count,
+                                        const Function& function) {
+  using Row = Vector<Logit>;
+  constexpr int kSize = Row::kSize;
+  const bool same_alignment = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(out) % 16;
+  Split<Logit> split(z, count);
+  if (!same_alignment) split.head = count, split.vectors = 0, split.tail = count;
+
+  for (int64_t i = threadIdx.x; i < split.head; i += kThreads) out[i] = Logit::narrow(function(Logit::widen(z[i])));
+  for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) {
+    out[i] = Logit::narrow(function(Logit::widen(z[i])));
+  }
+  const auto* body = z + split.head;
+  auto* out_body = out + split.head;
+  int64_t i = threadIdx.x;
+  for (; i + (kBatch - 1) * kThreads < split.vectors; i += kBatch * kThreads) {
+    Row rows[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) rows[b] = Row::load(body + (i + b * kThreads) * kSize);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) rows[b].values[k] = Logit::narrow(function(Logit::widen(rows[b].values[k])));
+      rows[b].store(out_body + (i + b * kThreads) * kSize);
+    }
+  }
+  for (; i < split.vectors; i += kThreads) {
+    Row row = Row::load(body + i * kSize);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) row.values[k] = Logit::narrow(function(Logit::widen(row.values[k])));
+    row.store(out_body + i * kSize);
+  }
+}
+
+template <class Logit, int kThreads>
+__device__ __forceinline__ void clear_row(typename Logit::Storage* out, int64_t count) {
+  using Row = Vector<Logit>;
+  const Split<Logit> split(out, count);
+  const Row zeros = {};
+  for (int64_t i = threadIdx.x; i < split.head; i += kThreads) out[i] = 0;
+  for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) out[i] = 0;
+  for (int64_t i = threadIdx.x; i < split.vectors; i += kThreads) zeros.store(out + split.head + i * Row::kSize);
+}
+
+// Sum of the gradients on `ids[j]` from column j on, or nothing to do if an earlier column has that id.
+__device__ __forceinline__ bool total_of_first(const Ids& ids, int64_t row, int64_t j, const float* grad_logq,
+                                               float* total) {
+  const int64_t id = ids.at(row, j);
+  for (int64_t i = 0; i < j; ++i) {
+    if (ids.at(row, i) == id) return false;
+  }
+  *total = 0.0f;
+  for (int64_t i = j; i < ids.count; ++i) {
+    if (ids.at(row, i) == id) *total += grad_logq[i];
+  }
+  return true;
+}
+
+template <class Logit, int kThreads>
+__global__ void __launch_bounds__(kThreads) backward_kernel(BackwardArguments in) {
+  using Storage = typename Logit::Storage;
+  const int64_t row = blockIdx.x;
+  const auto* z = static_cast<const Storage*>(in.logits) + in.layout.offset(row);
+  auto* out = static_cast<Storage*>(in.gradient) + in.gradient_layout.offset(row);
+  const float* sums = in.sums + row * (1 + in.ids.count);
+  const float* grad_logq = in.grad_logq + row * in.ids.count;
+  const float temperature = in.temperatures.at(row);
+  const float scale = kLog2E / temperature;
+  const float max = in.max[row];
+  const int64_t live = in.shard.live_columns;
+
+  float own = 0.0f;
+  for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
+    if (in.ids.at(row, j) != kPaddingId) own += grad_logq[j];
+  }
+  const float mass = sum_over_block<kThreads>(own) - in.grad_lse[row];
+  // A row without gradient (a masked token) isn't even read, so that what it holds can't matter.
+  const bool dense = mass != 0.0f;
+  const float coefficient = dense ? mass / (sums[0] * temperature) : 0.0f;
+  const auto dense_gradient = [=](float logit) { return -coefficient * exp_scaled(logit - max, scale); };
+  if (dense) {
+    map_row<Logit, kThreads>(z, out, live, dense_gradient);
+    clear_row<Logit, kThreads>(out + live, in.shard.columns - live);
+  } else {
+    clear_row<Logit, kThreads>(out, in.shard.columns);
+  }
+  __syncthreads();  // the chosen columns are written again, by other threads
+  for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
+    const int64_t column = in.shard.column(in.ids.at(row, j));
+    float total;
+    if (column < 0 || !total_of_first(in.ids, row, j, grad_logq, &total)) continue;
+    const float rest = dense ? dense_gradient(sums[1 + j]) : 0.0f;
+    out[column] = Logit::narrow(total / temperature + rest);
+  }
+}
+
+}  // namespace megatron_pd

@@ -1,0 +1,42 @@
+// Starting the CUDA kernels: plain pointers to device memory, no torch, so that nvcc has little to
+// read and the kernels can be compiled for the host as well.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace megatron_pd {
+
+struct ForwardArguments {
+  const void* logits;
+  RowLayout layout;
+  Ids ids;
+  Shard shard;
+  Temperatures temperatures;
+  float* max;   // [T]
+  float* sums;  // [T, 1+K]
+};
+
+struct BackwardArguments {
+  const void* logits;
+  RowLayout layout;
+  void* gradient;  // may be the logits
+  RowLayout gradient_layout;
+  Ids ids;
+  Shard shard;
+  Temperatures temperatures;
+  const float* max;        // [T]
+  const float* sums;       // [T, 1+K]
+  const float* grad_logq;  // [T, K]
+  const float* grad_lse;   // [T]
+};
+
+#ifdef MEGATRON_PD_CUDA_STREAM
+void launch_forward(LogitType type, const ForwardArguments& arguments, int64_t rows,
+                    MEGATRON_PD_CUDA_STREAM stream);
+void launch_backward(LogitType type, const BackwardArguments& arguments, int64_t rows,
+                     MEGATRON_PD_CUDA_STREAM stream);
+#endif
+
+}  // namespace megatron_pd
