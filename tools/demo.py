@@ -50,8 +50,8 @@ class ModelSize:
         return self.iterations * GLOBAL_BATCH * SEQUENCE_LENGTH
 
 
-TEACHER = ModelSize(layers=4, hidden=256, iterations=150, lr=2e-3)
-STUDENT = ModelSize(layers=2, hidden=128, iterations=100, lr=3e-3)
+TEACHER = ModelSize(layers=4, hidden=256, iterations=300, lr=2e-3)
+STUDENT = ModelSize(layers=2, hidden=128, iterations=150, lr=3e-3)
 
 
 def main() -> int:
