@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_pd.forward_only import ForwardOnlyModel, load_model
+from megatron_pd.forward_only import ForwardOnlyModel, finish, load_model
 
 # isort: split
 # Megatron may be imported only after forward_only has prepared the device.
@@ -37,6 +37,7 @@ def main() -> int:
         print(json.dumps(result, indent=2), flush=True)
         if model.args.evaluate_output:
             Path(model.args.evaluate_output).write_text(json.dumps(result, indent=2) + "\n")
+    finish()
     return 0
 
 

@@ -31,7 +31,7 @@ from megatron.training.training import setup_model_and_optimizer
 from megatron_pd.data.windows import Batch
 from megatron_pd.megatron_hooks import skip_helpers_compilation
 
-__all__ = ["ForwardOnlyModel", "load_model"]
+__all__ = ["ForwardOnlyModel", "finish", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,12 @@ def load_model(add_arguments: Callable[[Any], Any]) -> ForwardOnlyModel:
     for chunk in chunks:
         chunk.eval()
     return ForwardOnlyModel(args, build_tokenizer(args), chunks)
+
+
+def finish() -> None:
+    """End the process group together: gloo aborts a rank whose peer has exited before it."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def _refuse_early(args: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_pd.errors import UserError
-from megatron_pd.forward_only import ForwardOnlyModel, load_model
+from megatron_pd.forward_only import ForwardOnlyModel, finish, load_model
 
 # isort: split
 # Megatron may be imported only after forward_only has prepared the device.
@@ -43,7 +43,7 @@ def main() -> int:
     model = load_model(_add_dump_arguments)
     for prefix in training_prefixes(model.args):
         dump(model, prefix)
-    torch.distributed.barrier()
+    finish()
     return 0
 
 
