@@ -51,7 +51,7 @@ class ModelSize:
 
 
 TEACHER = ModelSize(layers=4, hidden=256, iterations=300, lr=2e-3)
-STUDENT = ModelSize(layers=2, hidden=128, iterations=150, lr=3e-3)
+STUDENT = ModelSize(layers=2, hidden=128, iterations=200, lr=3e-3)
 
 
 def main() -> int:
