@@ -28,6 +28,7 @@ MODULES = (
     "megatron_pd.pretrain",
     "megatron_pd.teacher.dump",
     "corpus_job",
+    "validate_job",
 )
 TIMEOUT_S = 240
 GRACE_S = 5

@@ -1,0 +1,89 @@
+"""The launch script: Megatron accepts its flags, and two "machines" find each other and train."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import ROOT, World, curves, environment
+
+SCRIPT = ROOT / "examples" / "pretrain_gpt_pd.sh"
+
+# A model and a batch that two CPU processes train in seconds, in the place of the recipe's.
+SMALL = """
+    --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4
+    --seq-length 64 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8
+    --lr-warmup-fraction 0.5 --eval-iters 0 --log-interval 1 --num-workers 0
+""".split()
+
+
+# Data-parallel ranks of each student on 8 machines of 8 GPUs.
+DATA_PARALLEL = {"330m": 64, "670m": 64, "1.9b": 64, "3.8b": 32, "6.8b": 16}
+
+
+@pytest.mark.parametrize("model", DATA_PARALLEL)
+def test_megatron_accepts_the_recipe_on_64_gpus(model: str, bare_world: World) -> None:
+    command = subprocess.run(
+        ["bash", str(SCRIPT), "--vocab-size", "151551"],
+        env={
+            **os.environ,
+            "DRY_RUN": "1",
+            "MODEL": model,
+            "DATA": "corpus",
+            "SAVE": "checkpoints",
+            "TOKENIZER_TYPE": "NullTokenizer",
+            "TOKENIZER": "none",
+            "NODES": "8",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    flags = shlex.split(command)
+    flags = flags[flags.index("megatron_pd.pretrain") + 1 :]
+    log = bare_world.runner.check("validate_job", flags)
+    assert json.loads(log.splitlines()[-1]) == {"data_parallel_size": DATA_PARALLEL[model]}
+
+
+def test_two_machines_find_each_other_and_train(world: World) -> None:
+    save = world.folder / "launched"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = [
+        subprocess.Popen(
+            ["bash", str(SCRIPT), *SMALL],
+            env={
+                **environment(),
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "MODEL": "330m",
+                "DATA": str(world.corpus),
+                "SPLIT": "100,0,0",
+                "TOKENIZER_TYPE": "SentencePieceTokenizer",
+                "TOKENIZER": str(world.tokenizer),
+                "SAVE": str(save),
+                "TRAIN_ITERS": "4",
+                "NODES": "2",
+                "NODE_RANK": str(rank),
+                "GPUS_PER_NODE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        log, _ = machine.communicate(timeout=240)
+        assert machine.returncode == 0, log[-4000:]
+    found = curves(save / "tensorboard")
+    assert len(found["lm loss"]) == 4 and np.isfinite(found["lm loss"]).all()
+    assert (found["kd loss"] > 0).all()
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
