@@ -115,7 +115,7 @@ class _SparseLogSoftmax(torch.autograd.Function):
         # z − max first: it is exact where z and lse are large and close to each other.
         log_sum_T = sums_T[:, 0].log()
         from_max_TK = (sums_T[:, 1:] - max_T.unsqueeze(1)) / temperature_T.unsqueeze(1)
-        logq_TK = (from_max_TK - log_sum_T.unsqueeze(1)).masked_fill(ids_TK < 0, 0.0)
+        logq_TK = (from_max_TK - log_sum_T.unsqueeze(1)).masked_fill(ids_TK == -1, 0.0)
         return logq_TK, max_T / temperature_T + log_sum_T
 
     @staticmethod

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_pd.ops import sparse_log_softmax, sparse_log_softmax_reference
@@ -88,3 +89,26 @@ def assert_gradient(got: Tensor, expected: Tensor, scale: Tensor) -> None:
     excess = (got.double() - expected).abs() / allowed
     assert not (excess > 1).any(), f"error is {excess.max():.2f} of what is allowed"
     assert not got.isnan().any()
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: list[torch.dtype]) -> tuple[Case, bool]:
+    """Any shape, ids, temperature and padding, and whether the gradient is written in place."""
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    leading = draw(st.lists(st.integers(0, 4), max_size=3), label="leading")
+    columns = draw(st.integers(1, 300), label="columns")
+    vocab_size = draw(st.none() | st.integers(1, columns), label="vocab_size")
+    count = draw(st.integers(0, 12), label="K")
+    dtype = draw(st.sampled_from(dtypes), label="dtype")
+    scale = draw(st.sampled_from([0.0, 1.0, 10.0, 100.0]), label="scale")
+    id_dtype = draw(st.sampled_from([torch.int32, torch.int64]), label="id dtype")
+    repeated = draw(st.booleans(), label="few distinct ids")
+    limit = vocab_size or columns
+    ids = torch.randint(-1, min(limit, 2) if repeated else limit, (*leading, count), dtype=id_dtype)
+    temperature = draw(st.sampled_from([1.0, 0.5, 2.0, "per row", "per position"]), label="τ")
+    if temperature == "per row":
+        temperature = torch.rand(leading) + 0.5
+    elif temperature == "per position":
+        temperature = torch.rand(leading[-1:]) + 0.5
+    logits = (torch.randn(*leading, columns) * scale).to(dtype)
+    return Case(logits, ids, temperature, vocab_size), draw(st.booleans(), label="in place")

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from agreement import Case, assert_agrees, assert_gradient
+from agreement import Case, assert_agrees, assert_gradient, cases
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_pd.ops import sparse_log_softmax
 
@@ -36,30 +35,7 @@ def test_every_instruction_set(capability: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Case, bool]:
-    """Any shape, dtype, ids, temperature and padding; hypothesis prints the seed of a failure."""
-    torch.manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
-    leading = draw(st.lists(st.integers(0, 4), max_size=3), label="leading")
-    columns = draw(st.integers(1, 300), label="columns")
-    vocab_size = draw(st.none() | st.integers(1, columns), label="vocab_size")
-    count = draw(st.integers(0, 12), label="K")
-    dtype = draw(st.sampled_from(DTYPES), label="dtype")
-    scale = draw(st.sampled_from([0.0, 1.0, 10.0, 100.0]), label="scale")
-    id_dtype = draw(st.sampled_from([torch.int32, torch.int64]), label="id dtype")
-    repeated = draw(st.booleans(), label="few distinct ids")
-    limit = vocab_size or columns
-    ids = torch.randint(-1, min(limit, 2) if repeated else limit, (*leading, count), dtype=id_dtype)
-    temperature = draw(st.sampled_from([1.0, 0.5, 2.0, "per row", "per position"]), label="τ")
-    if temperature == "per row":
-        temperature = torch.rand(leading) + 0.5
-    elif temperature == "per position":
-        temperature = torch.rand(leading[-1:]) + 0.5
-    logits = (torch.randn(*leading, columns) * scale).to(dtype)
-    return Case(logits, ids, temperature, vocab_size), draw(st.booleans(), label="in place")
-
-
-@given(cases())
+@given(cases(DTYPES))
 @settings(max_examples=300, deadline=None)
 def test_agrees_with_the_reference(drawn: tuple[Case, bool]) -> None:
     case, inplace_backward = drawn

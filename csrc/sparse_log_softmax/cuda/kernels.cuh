@@ -1,13 +1,16 @@
-// The CUDA kernels: one block per row in both directions.
+// The CUDA kernels. A row is cut into `parts`, one block each: one part where the rows alone fill the
+// GPU, several where they are few.
 //
 //   forward   each thread keeps the maximum and Σ exp of what it reads (online softmax), 16 bytes a
-//             load and four loads under way; the block merges them; then the K logits are gathered.
-//   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over the row, and
-//             after a barrier writes the chosen columns once more with their own gradients added.
+//             load and four loads under way; the block merges them into its part's two numbers.
+//   finish    one small block per row merges the parts and gathers the K logits.
+//   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over its part, and
+//             after a barrier writes the part's chosen columns again, their own gradients added.
 //
 // The logits are read once forward and read and written once backward; every other access is to
-// [T, K]. No atomics: an id that stands in several columns is summed by the thread of its first
-// column, in column order, in float32, so results are the same every time. Indices are 64-bit.
+// [T, K] and [T, parts]. No atomics: an id that stands in several columns is summed by the thread of
+// its first column, in column order, in float32, so results are the same every time. Indices are
+// 64-bit.
 //
 // An id that isn't in the vocabulary gives NaN, since a kernel can't raise; −1 is padding.
 //
@@ -22,11 +25,24 @@ namespace megatron_pd {
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBatch = 4;  // vectors that a thread has under way, to cover the memory's latency
+constexpr int kBlocksPerMultiprocessor = 2;  // of the two kernels that pass over the logits
 
 constexpr float kLog2E = 1.44269504088896341f;
 #define MEGATRON_PD_INFINITY __builtin_huge_valf()
 
 __device__ __forceinline__ float exp_scaled(float x, float scale) { return exp2f(x * scale); }
+
+// Columns [begin, end) of part `index` of a row. All parts but the last have the same length, a multiple
+// of 16 bytes in every logit type, and so the same alignment.
+struct Part {
+  int64_t begin, end;
+
+  __device__ __forceinline__ Part(int64_t columns, int64_t index, int64_t parts) {
+    const int64_t length = ((columns + parts - 1) / parts + 7) / 8 * 8;
+    begin = index * length < columns ? index * length : columns;
+    end = begin + length < columns ? begin + length : columns;
+  }
+};
 
 // --- online softmax -------------------------------------------------------------------------------
 
@@ -121,16 +137,33 @@ __device__ __forceinline__ Running read_row(const typename Logit::Storage* z, in
   return running;
 }
 
+// Grid [T, parts].
 template <class Logit, int kThreads>
-__global__ void __launch_bounds__(kThreads) forward_kernel(ForwardArguments in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) forward_kernel(ForwardArguments in) {
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
   const float scale = kLog2E / in.temperatures.at(row);
-  const Running own = read_row<Logit, kThreads>(z, in.shard.live_columns, scale);
+  const Part part(in.shard.live_columns, blockIdx.y, in.parts);
+  const Running own = read_row<Logit, kThreads>(z + part.begin, part.end - part.begin, scale);
   const Running all = merge_over_block<kThreads>(own, scale);
+  if (threadIdx.x == 0) {
+    float* partial = in.partial + 2 * (row * in.parts + blockIdx.y);
+    partial[0] = all.max;
+    partial[1] = all.sum;
+  }
+}
 
+// Grid [T].
+template <class Logit, int kThreads>
+__global__ void __launch_bounds__(kThreads) finish_kernel(ForwardArguments in) {
+  const int64_t row = blockIdx.x;
+  const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
   float* sums = in.sums + row * (1 + in.ids.count);
   if (threadIdx.x == 0) {
+    const float scale = kLog2E / in.temperatures.at(row);
+    const float* partial = in.partial + 2 * row * in.parts;
+    Running all;
+    for (int64_t part = 0; part < in.parts; ++part) all.merge(partial[2 * part], partial[2 * part + 1], scale);
     in.max[row] = all.max;
     sums[0] = all.sum;
   }
@@ -204,22 +237,25 @@ __device__ __forceinline__ void clear_row(typename Logit::Storage* out, int64_t 
   for (int64_t i = threadIdx.x; i < split.vectors; i += kThreads) zeros.store(out + split.head + i * Row::kSize);
 }
 
-// Sum of the gradients on `ids[j]` from column j on, or nothing to do if an earlier column has that id.
-__device__ __forceinline__ bool total_of_first(const Ids& ids, int64_t row, int64_t j, const float* grad_logq,
-                                               float* total) {
-  const int64_t id = ids.at(row, j);
-  for (int64_t i = 0; i < j; ++i) {
-    if (ids.at(row, i) == id) return false;
-  }
-  *total = 0.0f;
-  for (int64_t i = j; i < ids.count; ++i) {
-    if (ids.at(row, i) == id) *total += grad_logq[i];
-  }
-  return true;
-}
+// Sum of the gradients on `ids[j]`, and whether j is the first column that has this id. All threads go
+// through the row together and without a branch, so that loads are shared by the warp and overlap.
+struct TotalOfId {
+  float value = 0.0f;
+  bool is_first = true;
 
+  __device__ __forceinline__ TotalOfId(const Ids& ids, int64_t row, int64_t j, const float* grad_logq) {
+    const int64_t id = ids.at(row, j);
+    for (int64_t i = 0; i < ids.count; ++i) {
+      const bool same = ids.at(row, i) == id;
+      value += same ? grad_logq[i] : 0.0f;
+      is_first = is_first && !(same && i < j);
+    }
+  }
+};
+
+// Grid [T, parts].
 template <class Logit, int kThreads>
-__global__ void __launch_bounds__(kThreads) backward_kernel(BackwardArguments in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_kernel(BackwardArguments in) {
   using Storage = typename Logit::Storage;
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const Storage*>(in.logits) + in.layout.offset(row);
@@ -229,7 +265,6 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardArguments in
   const float temperature = in.temperatures.at(row);
   const float scale = kLog2E / temperature;
   const float max = in.max[row];
-  const int64_t live = in.shard.live_columns;
 
   float own = 0.0f;
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
@@ -240,19 +275,20 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BackwardArguments in
   const bool dense = mass != 0.0f;
   const float coefficient = dense ? mass / (sums[0] * temperature) : 0.0f;
   const auto dense_gradient = [=](float logit) { return -coefficient * exp_scaled(logit - max, scale); };
-  if (dense) {
-    map_row<Logit, kThreads>(z, out, live, dense_gradient);
-    clear_row<Logit, kThreads>(out + live, in.shard.columns - live);
-  } else {
-    clear_row<Logit, kThreads>(out, in.shard.columns);
-  }
+
+  const Part part(in.shard.columns, blockIdx.y, in.parts);
+  const int64_t live_end = part.end < in.shard.live_columns ? part.end : in.shard.live_columns;
+  const int64_t clear_from = dense && live_end > part.begin ? live_end : part.begin;
+  map_row<Logit, kThreads>(z + part.begin, out + part.begin, clear_from - part.begin, dense_gradient);
+  clear_row<Logit, kThreads>(out + clear_from, part.end - clear_from);
   __syncthreads();  // the chosen columns are written again, by other threads
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
     const int64_t column = in.shard.column(in.ids.at(row, j));
-    float total;
-    if (column < 0 || !total_of_first(in.ids, row, j, grad_logq, &total)) continue;
+    if (column < part.begin || column >= part.end) continue;
+    const TotalOfId total(in.ids, row, j, grad_logq);
+    if (!total.is_first) continue;
     const float rest = dense ? dense_gradient(sums[1 + j]) : 0.0f;
-    out[column] = Logit::narrow(total / temperature + rest);
+    out[column] = Logit::narrow(total.value / temperature + rest);
   }
 }
 

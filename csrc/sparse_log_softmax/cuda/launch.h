@@ -14,8 +14,10 @@ struct ForwardArguments {
   Ids ids;
   Shard shard;
   Temperatures temperatures;
-  float* max;   // [T]
-  float* sums;  // [T, 1+K]
+  int64_t parts;   // blocks per row
+  float* partial;  // [T, parts, 2], scratch: the parts' maximum and Σ exp
+  float* max;      // [T]
+  float* sums;     // [T, 1+K]
 };
 
 struct BackwardArguments {
@@ -26,6 +28,7 @@ struct BackwardArguments {
   Ids ids;
   Shard shard;
   Temperatures temperatures;
+  int64_t parts;           // blocks per row
   const float* max;        // [T]
   const float* sums;       // [T, 1+K]
   const float* grad_logq;  // [T, K]
@@ -33,6 +36,8 @@ struct BackwardArguments {
 };
 
 #ifdef MEGATRON_PD_CUDA_STREAM
+// Blocks per row that keep the current device busy.
+int64_t parts_of_a_row(LogitType type, int64_t rows, int64_t columns);
 void launch_forward(LogitType type, const ForwardArguments& arguments, int64_t rows,
                     MEGATRON_PD_CUDA_STREAM stream);
 void launch_backward(LogitType type, const BackwardArguments& arguments, int64_t rows,

@@ -51,9 +51,12 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::T
   at::Tensor max = at::empty({rows}, options);
   at::Tensor sums = at::empty({rows, 1 + ids.size(1)}, options);
   if (rows > 0) {
+    const int64_t parts = parts_of_a_row(type, rows, logits.size(2));
+    const at::Tensor partial = at::empty({rows, parts, 2}, options);
     launch_forward(type,
                    {logits.const_data_ptr(), row_layout(logits), ids_of(ids), shard_of(logits, first_id, vocab_size),
-                    temperatures_of(temperature), max.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>()},
+                    temperatures_of(temperature), parts, partial.mutable_data_ptr<float>(),
+                    max.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>()},
                    rows, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -73,7 +76,7 @@ void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const a
   launch_backward(type,
                   {logits.const_data_ptr(), row_layout(logits), gradient.mutable_data_ptr(), row_layout(gradient),
                    ids_of(ids), shard_of(logits, first_id, vocab_size), temperatures_of(temperature),
-                   max.const_data_ptr<float>(), sums.const_data_ptr<float>(), grad_logq.const_data_ptr<float>(),
+                   parts_of_a_row(type, rows, logits.size(2)), max.const_data_ptr<float>(), sums.const_data_ptr<float>(), grad_logq.const_data_ptr<float>(),
                    grad_lse.const_data_ptr<float>()},
                   rows, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

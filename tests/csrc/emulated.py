@@ -1,0 +1,186 @@
+"""The CUDA kernels on the CPU, in the place of the compiled operators.
+
+`EmulatedOperators` has the operators' names and takes the same tensors, so that all of
+`sparse_log_softmax` can run on the kernels of csrc/sparse_log_softmax/cuda.
+"""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from ctypes import CDLL, Structure, byref, c_bool, c_float, c_int64, c_uint, c_uint16, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("emulated_kernels.cpp")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+LOGIT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class RowLayout(Structure):
+    _fields_ = [("inner", c_int64), ("outer_stride", c_int64), ("inner_stride", c_int64)]
+
+    @classmethod
+    def of(cls, tensor_SBV: Tensor) -> "RowLayout":
+        return cls(tensor_SBV.shape[1], tensor_SBV.stride(0), tensor_SBV.stride(1))
+
+
+class Ids(Structure):
+    _fields_ = [("data", c_void_p), ("is_64_bit", c_bool), ("count", c_int64)]
+
+
+class Shard(Structure):
+    _fields_ = [
+        ("first_id", c_int64),
+        ("columns", c_int64),
+        ("live_columns", c_int64),
+        ("vocab_size", c_int64),
+    ]
+
+
+class Temperatures(Structure):
+    _fields_ = [("data", c_void_p), ("per_row", c_bool)]
+
+
+PROBLEM = [
+    ("ids", Ids),
+    ("shard", Shard),
+    ("temperatures", Temperatures),
+    ("parts", c_int64),
+]
+
+
+class ForwardArguments(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("layout", RowLayout),
+        *PROBLEM,
+        ("partial", c_void_p),
+        ("max", c_void_p),
+        ("sums", c_void_p),
+    ]
+
+
+class BackwardArguments(Structure):
+    _fields_ = [
+        ("logits", c_void_p),
+        ("layout", RowLayout),
+        ("gradient", c_void_p),
+        ("gradient_layout", RowLayout),
+        *PROBLEM,
+        ("max", c_void_p),
+        ("sums", c_void_p),
+        ("grad_logq", c_void_p),
+        ("grad_lse", c_void_p),
+    ]
+
+
+def _problem(
+    logits_SBV: Tensor, ids_TK: Tensor, temperature_T: Tensor, first_id: int, vocab_size: int
+) -> tuple[Ids, Shard, Temperatures]:
+    columns = logits_SBV.shape[-1]
+    live = max(0, min(columns, vocab_size - first_id))
+    return (
+        Ids(ids_TK.data_ptr(), ids_TK.dtype == torch.int64, ids_TK.shape[1]),
+        Shard(first_id, columns, live, vocab_size),
+        Temperatures(temperature_T.data_ptr(), temperature_T.numel() > 1),
+    )
+
+
+class EmulatedOperators:
+    """`parts` is the number of blocks per row; `reversed` runs blocks and their threads in the
+    opposite order; `gradient_offset` puts an out-of-place gradient that many elements after a
+    16-byte boundary."""
+
+    def __init__(self, *, parts: int = 1, reversed: bool = False, gradient_offset: int = 0) -> None:
+        self.library = emulator_library()
+        self.parts = parts
+        self.reversed = reversed
+        self.gradient_offset = gradient_offset
+
+    def sparse_log_softmax_forward(
+        self,
+        logits_SBV: Tensor,
+        ids_TK: Tensor,
+        temperature_T: Tensor,
+        first_id: int,
+        vocab_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        rows, count = ids_TK.shape
+        max_T, sums_T = torch.empty(rows), torch.empty(rows, 1 + count)
+        partial_TP2 = torch.empty(rows, self.parts, 2)
+        arguments = ForwardArguments(
+            logits_SBV.data_ptr(),
+            RowLayout.of(logits_SBV),
+            *_problem(logits_SBV, ids_TK, temperature_T, first_id, vocab_size),
+            self.parts,
+            partial_TP2.data_ptr(),
+            max_T.data_ptr(),
+            sums_T.data_ptr(),
+        )
+        self.library.emulate_forward(
+            LOGIT_TYPES[logits_SBV.dtype], byref(arguments), c_uint(rows), self.reversed
+        )
+        return max_T, sums_T
+
+    def sparse_log_softmax_backward(self, logits_SBV: Tensor, *others: Tensor | int) -> Tensor:
+        storage = logits_SBV.new_empty(self.gradient_offset + logits_SBV.numel())
+        grad_SBV = storage[self.gradient_offset :].view(logits_SBV.shape)
+        self._backward(logits_SBV, grad_SBV, *others)
+        return grad_SBV
+
+    def sparse_log_softmax_backward_(self, logits_SBV: Tensor, *others: Tensor | int) -> None:
+        self._backward(logits_SBV, logits_SBV, *others)
+
+    def _backward(
+        self,
+        logits_SBV: Tensor,
+        grad_SBV: Tensor,
+        ids_TK: Tensor,
+        temperature_T: Tensor,
+        max_T: Tensor,
+        sums_T: Tensor,
+        grad_logq_TK: Tensor,
+        grad_lse_T: Tensor,
+        first_id: int,
+        vocab_size: int,
+    ) -> None:
+        arguments = BackwardArguments(
+            logits_SBV.data_ptr(),
+            RowLayout.of(logits_SBV),
+            grad_SBV.data_ptr(),
+            RowLayout.of(grad_SBV),
+            *_problem(logits_SBV, ids_TK, temperature_T, first_id, vocab_size),
+            self.parts,
+            *(x.data_ptr() for x in (max_T, sums_T, grad_logq_TK, grad_lse_T)),
+        )
+        self.library.emulate_backward(
+            LOGIT_TYPES[logits_SBV.dtype], byref(arguments), c_uint(len(ids_TK)), self.reversed
+        )
+
+
+def compile_kernels(target: Path, *flags: str) -> None:
+    """The kernels and the emulator as a shared library."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-fPIC", "-shared"]
+    command += ["-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas", *flags]
+    subprocess.run([*command, str(SOURCE), "-o", str(target)], check=True)
+
+
+@functools.cache
+def emulator_library() -> CDLL:
+    """The kernels compiled for the host, or the library that MEGATRON_PD_EMULATOR names."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(os.environ.get("MEGATRON_PD_EMULATOR", f"{folder}/emulated_kernels.so"))
+        if not target.exists():
+            compile_kernels(target)
+        library = ctypes.CDLL(str(target))
+    library.emulate_narrow.argtypes = [ctypes.c_int, c_float]
+    library.emulate_narrow.restype = c_uint16
+    library.emulate_widen.argtypes = [ctypes.c_int, c_uint16]
+    library.emulate_widen.restype = c_float
+    library.emulate_race.argtypes = [c_bool]
+    library.emulate_race.restype = c_float
+    return library
