@@ -2,25 +2,30 @@
 
     python tools/bench_loss.py                      # 512 rows of 151,552, K = 50, bf16 and fp32
     python tools/bench_loss.py --rows 64 --vocab-size 32000 --k 100 --dtypes bf16
+    python tools/bench_loss.py --device cuda --rows 8192 --vocab-size 131072 151552 --k 50 100
 
 Every contender gets the same logits and returns the mean of 0.1·LM + 0.9·KD, with KD the forward KL
-with a ghost token, as Megatron's offline distillation has it; the losses and gradients are compared
-before anything is timed. Contenders take turns, and the fastest of the repeats counts.
+with a ghost token, as Megatron's offline distillation has it; K = 0 is the LM loss alone. Gradients
+are compared before anything is timed. Contenders take turns, and the fastest of the repeats counts.
 
 Floors: forward has to read the logits once, backward has to read them and write as many bytes. The
 rows called "floor" are what torch takes for just that on the same memory: its maximum, and its
-negation in place. On a CPU the arithmetic weighs about as much: some 16 vector instructions for
-every register of logits each way (a subtraction, 9 multiply-adds and additions for the exponential,
-4 to scale and mask it, 2 to load and to sum or store).
+negation in place. "Operators alone" are the two kernels without the [T, K] arithmetic and Python
+around them, and the share of the machine's copy bandwidth that they reach. docs/engine.md has the
+floors in bytes and in operations.
 """
 
 import argparse
 import contextlib
 import ctypes
+import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,21 +33,11 @@ from torch import Tensor
 
 from megatron_pd import cpu
 from megatron_pd.arguments import PDConfig
+from megatron_pd.errors import reporting_errors
 from megatron_pd.losses import distillation_loss
 from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.ops.library import operators
 from megatron_pd.targets import TeacherTargets, top_p_k
-
-__all__ = [
-    "CONTENDERS",
-    "DTYPES",
-    "Contender",
-    "Measurement",
-    "Problem",
-    "assert_same",
-    "floors_ms",
-    "gradient",
-    "measure",
-]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALPHA = 0.9
@@ -269,6 +264,29 @@ def floors_ms(problem: Problem, repeats: int) -> tuple[float, float]:
     return _best_ms(words.amax, words.device, repeats), _best_ms(words.neg_, words.device, repeats)
 
 
+def copy_bandwidth(problem: Problem, repeats: int) -> float:
+    """Bytes per second, read and written, of a copy of the logits."""
+    copy = lambda: problem.logits_SBV.copy_(problem.pristine_SBV)
+    return 2e3 * problem.logits_SBV.nbytes / _best_ms(copy, problem.logits_SBV.device, repeats)
+
+
+def operators_ms(problem: Problem, repeats: int) -> tuple[float, float]:
+    """Milliseconds of the forward and the in-place backward operator by themselves."""
+    logits_SBV = problem.logits_SBV.copy_(problem.pristine_SBV)
+    labels_SB1 = problem.labels_SB.unsqueeze(-1).int()
+    ids_TK = torch.cat([labels_SB1, problem.teacher_SBK.ids], dim=-1).flatten(0, 1)
+    shared = ids_TK, torch.ones(1, device=logits_SBV.device)
+    shard = 0, logits_SBV.shape[-1]
+    statistics = operators.sparse_log_softmax_forward(logits_SBV, *shared, *shard)
+    gradients = torch.rand_like(ids_TK, dtype=torch.float32), statistics[0].new_zeros(len(ids_TK))
+    forward = lambda: operators.sparse_log_softmax_forward(logits_SBV, *shared, *shard)
+    backward = lambda: operators.sparse_log_softmax_backward_(
+        logits_SBV, *shared, *statistics, *gradients, *shard
+    )
+    device = logits_SBV.device
+    return _best_ms(forward, device, repeats), _best_ms(backward, device, repeats)
+
+
 def _best_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
     milliseconds = []
     for _ in range(repeats):
@@ -295,49 +313,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, default=512, help="tokens (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=151_552)
-    parser.add_argument("--k", type=int, default=50, help="teacher entries a token")
+    parser.add_argument("--vocab-size", type=int, nargs="+", default=[151_552])
+    parser.add_argument("--k", type=int, nargs="+", default=[50], help="teacher entries a token")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", module="megatron")
     torch.set_num_threads(options.threads)
-    cpu.install()
+    os.environ["MEGATRON_PD_DEVICE"] = options.device
+    with reporting_errors():
+        cpu.install()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    for name in options.dtypes:
-        compare(name, options)
+    report = [
+        compare(vocab_size, dtype, options)
+        for vocab_size in options.vocab_size
+        for dtype in options.dtypes
+    ]
     dist.destroy_process_group()
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
 
 
-def compare(dtype: str, options: argparse.Namespace) -> None:
-    """Print the table of one dtype and the ratios that the project promises."""
-    problem = Problem.random(options.rows, options.vocab_size, options.k, DTYPES[dtype], "cpu")
-    lm_only = Problem.random(options.rows, options.vocab_size, 0, DTYPES[dtype], "cpu")
+def compare(vocab_size: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Print the table of one shape and dtype, and return what it says."""
+    counts = [0, *(k for k in options.k if k > 0)]
+    rows, repeats = options.rows, options.repeats
+    problem = Problem.random(rows, vocab_size, counts[-1], DTYPES[dtype], options.device)
     size = problem.logits_SBV.nbytes
-    print(
-        f"\n{dtype}, {options.rows} rows × {options.vocab_size}, {options.threads} threads: "
-        f"logits {size / 1e6:.0f} MB"
-    )
+    where = f"{options.threads} threads" if options.device == "cpu" else options.device
+    print(f"\n{dtype}, {rows} rows × {vocab_size}, {where}: logits {size / 1e6:.0f} MB")
     print(f"{'':24}{'K':>4}{'forward':>11}{'backward':>11}{'both':>11}{'extra peak':>14}")
-    read, write = floors_ms(problem, options.repeats)
-    print(f"{'floor':28}{read:8.1f} ms{write:8.1f} ms{read + write:8.1f} ms")
-    results = {}
-    for case in (lm_only, problem):
-        assert_same(case, CONTENDERS)
+    report: dict[str, Any] = dict(dtype=dtype, rows=rows, vocab_size=vocab_size, logits_bytes=size)
+
+    def line(name: str, k: int, forward: float, backward: float, note: str = "") -> None:
+        both = forward + backward
+        print(f"{name:24}{k:4}{forward:8.1f} ms{backward:8.1f} ms{both:8.1f} ms{note}", flush=True)
+
+    read, write = report["floors_ms"] = floors_ms(problem, repeats)
+    bandwidth = report["copy_bytes_per_second"] = copy_bandwidth(problem, repeats)
+    line("floor", counts[-1], read, write, f"   copy {bandwidth / 1e9:.1f} GB/s")
+    times = report["operators_ms"] = operators_ms(problem, repeats)
+    shares = [
+        1e3 * passes * size / ms / bandwidth for passes, ms in zip((1, 2), times, strict=True)
+    ]
+    report["operators_share_of_copy_bandwidth"] = shares
+    line("operators alone", counts[-1], *times, f"   {shares[0]:.0%}, {shares[1]:.0%} of copy")
+
+    results: dict[tuple[str, int], Measurement] = {}
+    for k in counts:
+        problem = Problem.random(rows, vocab_size, k, DTYPES[dtype], options.device)
+        assert_same(problem, CONTENDERS)
         for name, contender in CONTENDERS.items():
-            result = results[name, case.k] = measure(contender, case, options.repeats)
-            print(
-                f"{name:24}{case.k:4}{result.forward_ms:8.1f} ms{result.backward_ms:8.1f} ms"
-                f"{result.both_ms:8.1f} ms{result.peak_bytes / size:12.1%}"
-            )
-    ours, lm = results["megatron_pd", options.k], results["megatron_pd", 0]
-    print(
-        f"megatron_pd is {results['Megatron', options.k].both_ms / ours.both_ms:.1f} times as fast "
-        f"as Megatron; K = {options.k} costs {ours.both_ms / lm.both_ms - 1:+.1%} over K = 0."
-    )
+            result = results[name, k] = measure(contender, problem, repeats)
+            peak = f"{result.peak_bytes / size:12.1%}"
+            line(name, k, result.forward_ms, result.backward_ms, peak)
+        del problem
+    report["contenders"] = [
+        dict(name=name, k=k, **vars(result)) for (name, k), result in results.items()
+    ]
+    lm = results["megatron_pd", 0].both_ms
+    for k in counts[1:]:
+        ours, peer = results["megatron_pd", k], results["Megatron", k]
+        print(
+            f"K = {k}: megatron_pd is {peer.both_ms / ours.both_ms:.1f} times as fast as Megatron "
+            f"and costs {ours.both_ms / lm - 1:+.1%} over K = 0."
+        )
+    return report
 
 
 if __name__ == "__main__":
