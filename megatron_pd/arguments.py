@@ -23,6 +23,7 @@ __all__ = [
     "LOSSES",
     "RECIPES",
     "TAILS",
+    "HelpFormatter",
     "PDConfig",
     "add_pd_arguments",
     "describe",
@@ -371,7 +372,7 @@ def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
             **keywords,
         )
     return _RecipeParser(
-        parents=[parser], add_help=False, allow_abbrev=False, formatter_class=_HelpFormatter
+        parents=[parser], add_help=False, allow_abbrev=False, formatter_class=HelpFormatter
     )
 
 
@@ -523,7 +524,7 @@ _RECIPES: dict[str, _Recipe] = {
 RECIPES = tuple(_RECIPES)
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Prints help texts of Megatron 0.19 that hold a bare % as they are; argparse would raise."""
 
     def _expand_help(self, action: argparse.Action) -> str:

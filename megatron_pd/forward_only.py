@@ -28,6 +28,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from megatron_pd.arguments import HelpFormatter
 from megatron_pd.data.windows import Batch
 from megatron_pd.megatron_hooks import skip_helpers_compilation
 
@@ -101,6 +102,7 @@ def load_model(add_arguments: Callable[[Any], Any]) -> ForwardOnlyModel:
     _be_one_process_without_torchrun()
 
     def extra_arguments(parser):
+        parser.formatter_class = HelpFormatter
         cpu.set_cpu_defaults(parser)
         # A checkpoint says what the model is; no optimizer, no random state, no training is needed.
         parser.set_defaults(

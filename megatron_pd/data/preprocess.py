@@ -128,12 +128,20 @@ def preprocess(
 
 
 def _build_tokenizer(config: Any) -> Any:
-    if config.tokenizer_model is not None and not os.path.exists(config.tokenizer_model):
+    model = config.tokenizer_model
+    is_file = config.tokenizer_type != "HuggingFaceTokenizer"  # which may be a hub's name
+    if is_file and model is not None and not os.path.exists(model):
         raise UserError(
-            f"--tokenizer-model {config.tokenizer_model} does not exist: train one with "
+            f"--tokenizer-model {model} does not exist: train one with "
             "`megatron-pd train-tokenizer`, or name the one that the model uses."
         )
-    tokenizer = build_tokenizer(config)
+    try:
+        tokenizer = build_tokenizer(config)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--tokenizer-model {model} cannot be opened as a {config.tokenizer_type} ({error}): "
+            "give the file, folder or name of one, and its --tokenizer-type."
+        ) from error
     if tokenizer.eod is None or tokenizer.eod < 0:
         raise UserError(
             f"The tokenizer {config.tokenizer_model} has no end-of-document token, without which "

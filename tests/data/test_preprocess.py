@@ -2,6 +2,8 @@ import json
 import random
 
 import pytest
+import tokenizers
+import transformers
 from megatron.training.config import TokenizerConfig
 
 from megatron_pd.data.corpus import MegatronCorpus
@@ -76,11 +78,38 @@ def test_missing_input_and_tokenizer(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"nothing\.jsonl does not exist"):
         preprocess([str(tmp_path / "nothing.jsonl")], str(tmp_path / "corpus"), tokenizer)
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    for type_, model, message in (
+        ("SentencePieceTokenizer", "no.model", r"no\.model does not exist"),
+        ("SentencePieceTokenizer", path, r"a\.jsonl cannot be opened as a SentencePieceTokenizer"),
+        ("HuggingFaceTokenizer", str(tmp_path), "cannot be opened as a HuggingFaceTokenizer"),
+    ):
+        config = TokenizerConfig(tokenizer_type=type_, tokenizer_model=model, pad_vocab_size=False)
+        with pytest.raises(UserError, match=message):
+            preprocess([path], str(tmp_path / "corpus"), config)
+
+
+def test_hugging_face_tokenizer(tmp_path, texts):
+    folder = str(tmp_path / "tokenizer")
+    byte_level_bpe(texts, 300).save_pretrained(folder)
     config = TokenizerConfig(
-        tokenizer_type="SentencePieceTokenizer", tokenizer_model="no.model", pad_vocab_size=False
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=folder, pad_vocab_size=False
     )
-    with pytest.raises(UserError, match=r"no\.model does not exist"):
-        preprocess([path], str(tmp_path / "corpus"), config)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    preprocess([path], str(tmp_path / "corpus"), config, workers=2)
+    corpus = MegatronCorpus(str(tmp_path / "corpus"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for document, text in enumerate(texts):
+        *ids, end = corpus.tokens(document).tolist()
+        assert end == tokenizer.eos_token_id
+        assert tokenizer.decode(ids) == text
+
+
+def byte_level_bpe(texts, vocab_size):
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, special_tokens=["<eos>"], show_progress=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<eos>"
+    )
 
 
 def test_too_little_text_for_the_vocabulary(tmp_path):

@@ -68,3 +68,8 @@ def test_killed_dump_goes_on_where_it_was(world: World, teacher: Path) -> None:
     world.runner.check("megatron_pd.teacher.dump", flags)
     for found, expected in zip(rows_of(path), rows_of(Path(f"{world.corpus}.pd")), strict=True):
         assert_same_entries(found, expected)
+
+
+def test_help_names_the_flags(bare_world: World) -> None:
+    log = bare_world.runner.check("megatron_pd.teacher.dump", ["--help"])
+    assert "--dump-top-p" in log and "--tensor-model-parallel-size" in log

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""`megatron-pd preprocess` under the name that Megatron's own tools/ gives it."""
+
+import sys
+
+from megatron_pd.cli import main
+
+sys.argv.insert(1, "preprocess")
+sys.exit(main())
