@@ -41,6 +41,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
         4,
         ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"],
     ),
+    "pp2 interleaved": (
+        2,
+        ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"],
+    ),
     "dp2": (2, ["--use-distributed-optimizer"]),
 }
 
@@ -145,9 +149,12 @@ class World:
 
     def train(self, *flags: Any, ranks: int = 1) -> dict[str, np.ndarray]:
         """Train; returns the curves that TensorBoard got: tag → float32 values, by iteration."""
+        return self.curves_of(self.training_flags(*flags), ranks)
+
+    def curves_of(self, argv: Sequence[str], ranks: int = 1) -> dict[str, np.ndarray]:
+        """As `train`, with a command line that is whole."""
         events = self.folder / f"events-{uuid.uuid4().hex}"
-        argv = self.training_flags("--tensorboard-dir", events, *flags)
-        self.runner.check("megatron_pd.pretrain", argv, ranks)
+        self.runner.check("megatron_pd.pretrain", [*argv, "--tensorboard-dir", events], ranks)
         return curves(events)
 
 

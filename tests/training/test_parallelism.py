@@ -27,6 +27,21 @@ def test_alpha_zero_is_megatrons_lm_loss(world: World) -> None:
         np.testing.assert_allclose(distilled[tag], plain[tag], rtol=0, atol=1e-5, err_msg=tag)
 
 
+def test_tied_embeddings_and_chunks_change_nothing(world: World) -> None:
+    """The embedding's weight gets gradients from both ends, at the output chunk by chunk."""
+    tied = [flag for flag in world.training_flags() if "untie" not in flag]
+    start = world.folder / "tied"
+    world.curves_of([*tied, "--train-iters", "3", "--save", str(start), "--save-interval", "3"])
+    tied += [*PD_STAR, "--load", str(start), "--finetune", "--no-load-optim", "--no-load-rng"]
+    chunked = [*tied, "--pd-loss-chunk-tokens", "24"]
+    expected = world.curves_of(tied)
+    for layout in ("tp2", "pp2"):
+        ranks, flags = LAYOUTS[layout]
+        found = world.curves_of([*chunked, *flags], ranks)
+        for tag in CURVES:
+            np.testing.assert_allclose(found[tag], expected[tag], rtol=0, atol=1e-4, err_msg=tag)
+
+
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
 def test_resumed_run_has_the_curve_of_one_that_went_on(
     layout: str, world: World, layout_curves: dict[str, dict[str, np.ndarray]]
