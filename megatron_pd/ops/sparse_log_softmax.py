@@ -33,7 +33,7 @@ from megatron_pd.ops.library import has_cuda_kernels, operators
 
 __all__ = ["sparse_log_softmax"]
 
-_CHECK_IDS_ON_GPU = os.environ.get("MEGATRON_PD_CHECK_IDS") == "1"
+_CHECK_ON_GPU = os.environ.get("MEGATRON_PD_CHECK_INPUTS") == "1"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,9 +66,11 @@ def sparse_log_softmax(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, temperature or vocab_size don't fit.
-        IndexError: an id is below -1 or not below `vocab_size`. On CUDA that would take a
-            synchronisation, so there such an id's logq is NaN instead, unless the environment
-            has MEGATRON_PD_CHECK_IDS=1. A temperature tensor on CUDA isn't checked.
+        IndexError: an id is below -1 or not below `vocab_size`.
+
+    On CUDA, looking at ids or at a temperature tensor would take a synchronisation. There the logq
+    of a wrong id is NaN, and temperatures aren't looked at, unless the environment has
+    MEGATRON_PD_CHECK_INPUTS=1 (the checked mode): then both raise as on the CPU.
     """
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
@@ -77,12 +79,13 @@ def sparse_log_softmax(
     if vocab_size is None:
         vocab_size = columns * ranks
     ids_TK = ids.reshape(math.prod(leading), ids.shape[-1]).contiguous()
-    if _CHECK_IDS_ON_GPU and ids.is_cuda:
-        _check_ids(ids_TK, vocab_size)
+    temperature_T = _temperature_per_row(temperature, logits)
+    if _CHECK_ON_GPU and logits.is_cuda:
+        _check_values(ids_TK, temperature_T, vocab_size)
     logq_TK, lse_T = _SparseLogSoftmax.apply(
         _as_rows(logits),
         ids_TK,
-        _temperature_per_row(temperature, logits),
+        temperature_T,
         rank * columns,
         vocab_size,
         tp_group if ranks > 1 else None,
@@ -178,8 +181,8 @@ def _temperature_per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
     return per_row.reshape(-1).contiguous()
 
 
-def _check_ids(ids_TK: Tensor, vocab_size: int) -> None:
-    """Raise IndexError for an id that isn't in the vocabulary; waits for the GPU."""
+def _check_values(ids_TK: Tensor, temperature_T: Tensor, vocab_size: int) -> None:
+    """What the CPU kernels check themselves and the CUDA kernels can't; waits for the GPU."""
     wrong_TK = (ids_TK < -1) | (ids_TK >= vocab_size)
     if wrong_TK.any():
         row, column = (int(index) for index in wrong_TK.nonzero()[0])
@@ -187,6 +190,8 @@ def _check_ids(ids_TK: Tensor, vocab_size: int) -> None:
             f"ids[{row}, {column}] is {int(ids_TK[row, column])}: expected -1 (padding) or a "
             f"vocabulary id from 0 to {vocab_size - 1}."
         )
+    if not (temperature_T > 0).all():
+        raise ValueError(f"temperature must be positive; got {float(temperature_T.min()):g}.")
 
 
 def _check(logits: Tensor, ids: Tensor, vocab_size: int | None, ranks: int) -> None:

@@ -1,5 +1,10 @@
-"""How close sparse_log_softmax must come to the float64 reference."""
+"""How close sparse_log_softmax must come to the float64 reference, and on which device.
 
+MEGATRON_PD_TEST_DEVICE=cuda runs all tests of this folder on a GPU, with the checked mode that
+reports wrong ids there (tools/gpu_check.py sets both).
+"""
+
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +14,12 @@ from torch import Tensor
 from megatron_pd.ops import sparse_log_softmax, sparse_log_softmax_reference
 
 FLOAT32_ERROR = 1e-6
+DEVICE = os.environ.get("MEGATRON_PD_TEST_DEVICE", "cpu")
+ON_GPU = DEVICE != "cpu"
+if ON_GPU:
+    torch.set_default_device(DEVICE)
+# float64 is for checking the formulas, and the CPU's alone.
+DTYPES = [torch.float64] * (not ON_GPU) + [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass(repr=False)

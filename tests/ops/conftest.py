@@ -2,6 +2,7 @@
 
 import secrets
 
+import agreement  # noqa: F401  (chooses the device before any test module makes a tensor)
 import pytest
 import torch
 

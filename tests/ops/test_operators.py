@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_pd.ops import sparse_log_softmax
-from megatron_pd.ops.library import operators
+from megatron_pd.ops.library import has_cuda_kernels, operators
+
+# The module, whose name in the package is taken by its function.
+MODULE = sys.modules["megatron_pd.ops.sparse_log_softmax"]
 
 ARGUMENTS = {
     "[s, b, V], one temperature": ((3, 2, 40), 4, 1),
@@ -107,7 +112,7 @@ IDS = torch.zeros(3, 2, dtype=torch.long)
         (dict(logits=torch.tensor(1.0)), ValueError, r"logits must be \[..., V\]"),
         (dict(ids=IDS.short()), TypeError, r"int32 or int64; got torch.int16"),
         (dict(logits=LOGITS.int()), TypeError, r"float16; got torch.int32"),
-        (dict(ids=IDS.to("meta")), ValueError, r"ids are on meta but the logits are on cpu"),
+        (dict(ids=IDS.to("meta")), ValueError, r"ids are on meta but the logits are on (cpu|cuda)"),
         (dict(temperature=0.0), ValueError, r"temperature must be positive; got 0.0"),
         (dict(temperature=-1.0), ValueError, r"temperature must be positive; got -1.0"),
         (dict(temperature=torch.ones(4)), ValueError, r"shape \(4,\), which doesn't broadcast"),
@@ -119,6 +124,38 @@ IDS = torch.zeros(3, 2, dtype=torch.long)
 def test_mistakes_are_named(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sparse_log_softmax(**(dict(logits=LOGITS, ids=IDS) | arguments))
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason="built without CUDA kernels: no nvcc")
+def test_on_a_gpu_nothing_is_made_elsewhere() -> None:
+    """The forward pass without its kernel, on fake CUDA tensors. A fake tensor has no values: to
+    look at one, which would wait for the GPU, is an error."""
+    with FakeTensorMode():
+        logits = torch.empty(4, 2, 30, device="cuda", dtype=torch.bfloat16)
+        ids = torch.empty(4, 2, 3, device="cuda", dtype=torch.int32)
+        temperature = torch.ones(4, 2, device="cuda")
+        for tau in (2.0, temperature, temperature.cpu()):
+            logq, lse = sparse_log_softmax(logits, ids, temperature=tau, vocab_size=29)
+            assert logq.device.type == lse.device.type == "cuda"
+            assert logq.dtype == lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("last_id", "temperature"), [(-2, 1.0), (10, 1.0), (0, 0.0), (0, 1.0)])
+def test_checked_mode_finds_what_the_cpu_kernels_find(last_id: int, temperature: float) -> None:
+    """The checks that MEGATRON_PD_CHECK_INPUTS=1 adds on a GPU, on the tensors it hands them."""
+    ids, temperatures = torch.tensor([[3, -1], [9, last_id]]), torch.tensor([1.0, temperature])
+
+    def message(check: Callable[[], object]) -> str:
+        try:
+            check()
+        except (IndexError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    checked = message(lambda: MODULE._check_values(ids, temperatures, 10))
+    assert checked == message(
+        lambda: sparse_log_softmax(torch.zeros(2, 10), ids, temperature=temperatures)
+    )
 
 
 def test_unbuilt_extension_says_how_to_build_it() -> None:

@@ -29,15 +29,15 @@ def test_log_probabilities_of_bf16_logits_are_not_rounded_to_bf16() -> None:
 def test_gradient_of_an_unnormalised_teacher_is_mass_times_softmax_less_teacher() -> None:
     """With raw teacher mass m < 1 the gradient is m·p − t: p − t pushes the student's head up,
     and renormalising both sides would leave the other logits without gradient."""
-    logits = torch.randn(5, 200, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(5, 200, requires_grad=True)
     ids = torch.stack([torch.randperm(200)[:20] for _ in range(5)])
-    teacher = torch.rand(5, 20, dtype=torch.float64)
+    teacher = torch.rand(5, 20)
     teacher = teacher / teacher.sum(-1, keepdim=True) * 0.8
     logq, _ = sparse_log_softmax(logits, ids)
     (-(teacher * logq).sum()).backward()
-    dense_teacher = torch.zeros(5, 200, dtype=torch.float64).scatter(1, ids, teacher)
+    dense_teacher = torch.zeros(5, 200).scatter(1, ids, teacher)
     expected = 0.8 * logits.detach().softmax(-1) - dense_teacher
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
     assert (logits.grad[dense_teacher == 0] > 0).all()
 
 

@@ -6,12 +6,10 @@ import sys
 
 import pytest
 import torch
-from agreement import Case, assert_agrees, assert_gradient, cases
+from agreement import DTYPES, ON_GPU, Case, assert_agrees, assert_gradient, cases
 from hypothesis import given, settings
 
 from megatron_pd.ops import sparse_log_softmax
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -23,6 +21,7 @@ def test_any_vocabulary_size(dtype: torch.dtype, columns: int) -> None:
     assert_agrees(Case(logits, torch.randint(-1, columns, (3, 2, 9))), inplace_backward=True)
 
 
+@pytest.mark.skipif(ON_GPU, reason="of the CPU")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability: str) -> None:
     """The kernels of lesser CPUs; torch's own variable chooses them."""
@@ -42,6 +41,7 @@ def test_agrees_with_the_reference(drawn: tuple[Case, bool]) -> None:
     assert_agrees(case, inplace_backward=inplace_backward)
 
 
+@pytest.mark.skipif(ON_GPU, reason="float64 is the CPU's")
 def test_gradcheck_in_float64() -> None:
     logits = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([4, 0, 10, -1, 4, 7]).expand(2, 3, 6)
