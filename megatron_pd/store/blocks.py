@@ -1,4 +1,4 @@
-"""Blocks of rows: from padded arrays to checked frames and back."""
+"""Blocks of rows: from padded arrays to checked frames."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_pd.store.format import EXACT, ROWS_FRAME, FrameHeader
-from megatron_pd.store.rows import COLUMNS, TeacherRows
+from megatron_pd.store import _logit_codec
+from megatron_pd.store.format import COMPACT, EXACT, ROWS_FRAME, TABLES_FRAME, FrameHeader
+from megatron_pd.store.rows import COLUMNS, StoreError, TeacherRows
 
-__all__ = ["RaggedRows", "decode_exact", "encode_frame"]
+__all__ = ["RaggedRows", "Tables", "encode_frame", "tables_frame"]
+
+_COLUMN_DTYPES = {EXACT: "<f4", COMPACT: "<f2"}
 
 
 @dataclass
@@ -24,10 +27,19 @@ class RaggedRows:
     columns: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, rows: TeacherRows) -> RaggedRows:
-        mask = np.arange(rows.ids.shape[1]) < rows.counts[:, None]
-        columns = {k: np.array(v, np.float32) for k, v in rows.columns.items()}
-        return cls(np.array(rows.counts, np.int32), rows.ids[mask], rows.logprobs[mask], columns)
+    def of(cls, rows: TeacherRows, vocab_size: int, draws: int, where: str) -> RaggedRows:
+        """A copy; StoreError unless every row is one that a store can hold."""
+        counts = np.array(rows.counts, np.int32, order="C")
+        ids = np.ascontiguousarray(rows.ids, np.int32)
+        logprobs = np.ascontiguousarray(rows.logprobs, np.float32)
+        try:
+            flat = _logit_codec.ragged(ids, logprobs, counts, vocab_size, draws)
+        except _logit_codec.BadRowsError as error:
+            raise StoreError(f"{where}, {error}. Check what the teacher gave.") from None
+        columns = {name: np.array(column, np.float32) for name, column in rows.columns.items()}
+        if any(column.shape != counts.shape for column in columns.values()):
+            raise StoreError(f"{where}: each column must have one value per row.")
+        return cls(counts, *flat, columns)
 
     @classmethod
     def concatenate(cls, parts: list[RaggedRows]) -> RaggedRows:
@@ -44,83 +56,57 @@ class RaggedRows:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getitem__(self, rows: slice) -> RaggedRows:
-        start, stop, _ = rows.indices(len(self))
-        first, last = int(self.counts[:start].sum()), int(self.counts[:stop].sum())
-        return RaggedRows(
-            self.counts[rows],
-            self.ids[first:last],
-            self.logprobs[first:last],
-            {name: column[rows] for name, column in self.columns.items()},
-        )
-
-    def fill(self, out_ids: np.ndarray, out_logprobs: np.ndarray, width: int) -> np.ndarray:
-        """Writes the first `width` entries of every row into the [n, width] buffers, and leaves
-        what lies beyond a row's count as it is; returns the counts so limited."""
-        counts = np.minimum(self.counts, width)
-        mask = np.arange(width) < counts[:, None]
-        if (self.counts <= width).all():
-            out_ids[mask], out_logprobs[mask] = self.ids, self.logprobs
-            return counts
-        firsts = np.cumsum(self.counts, dtype=np.int64) - self.counts
-        kept = (firsts[:, None] + np.arange(width))[mask]
-        out_ids[mask], out_logprobs[mask] = self.ids[kept], self.logprobs[kept]
-        return counts
-
-    def padded(self, width: int) -> TeacherRows:
-        out = TeacherRows.empty(len(self), width)
-        counts = self.fill(out.ids, out.logprobs, width)
-        return TeacherRows(out.ids, out.logprobs, counts.astype(np.int32), self.columns)
-
-    def in_range(self, vocab_size: int) -> bool:
-        """True when the counts add up and every id is of the vocabulary."""
-        if (self.counts < 0).any() or self.counts.sum(dtype=np.int64) != len(self.ids):
-            return False
-        return not len(self.ids) or bool(self.ids.min() >= 0 and self.ids.max() < vocab_size)
+    def blocks(self, size: int) -> list[RaggedRows]:
+        """The rows in runs of `size`."""
+        ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
+        parts = []
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            first, last = ends[start], ends[stop]
+            columns = {name: column[start:stop] for name, column in self.columns.items()}
+            rows = (self.counts[start:stop], self.ids[first:last], self.logprobs[first:last])
+            parts.append(RaggedRows(*rows, columns))
+        return parts
 
 
-def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray) -> bytes:
-    """A frame of rows of which the first is the shard's row `row`."""
-    names = [name for name in COLUMNS if name in rows.columns]
-    payload = b"".join(
-        [
-            digests.astype("<u8").tobytes(),
-            rows.counts.astype("<i4").tobytes(),
-            rows.ids.astype("<i4").tobytes(),
-            rows.logprobs.astype("<f4").tobytes(),
-            *(rows.columns[name].astype("<f4").tobytes() for name in names),
-        ]
-    )
+@dataclass
+class Tables:
+    """Tables in use by a writer: the coder made of them and where their frame lies."""
+
+    encoder: _logit_codec.BlockEncoder
+    offset: int
+
+
+def tables_frame(payload: bytes) -> bytes:
+    """A frame of trained tables."""
     header = FrameHeader(
-        ROWS_FRAME,
-        EXACT,
-        sum(1 << COLUMNS.index(name) for name in names),
-        len(rows),
-        len(payload),
-        row,
-        0,
-        len(rows.ids),
-        int(rows.counts.max(initial=0)),
-        zlib.crc32(payload),
+        TABLES_FRAME, COMPACT, 0, 0, len(payload), 0, 0, 0, 0, 0, zlib.crc32(payload)
     )
     return header.to_bytes() + payload
 
 
-def decode_exact(header: FrameHeader, payload: bytes, digests: int) -> RaggedRows | None:
-    """The rows of a frame whose payload starts with `digests` token digests; None where the
-    payload is not as long as the header says."""
-    names = [name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1]
-    size = 8 * digests + 4 * header.rows * (1 + len(names)) + 8 * header.entries
-    if len(payload) != size:
-        return None
-    position = 8 * digests
-
-    def take(dtype: str, n: int) -> np.ndarray:
-        nonlocal position
-        array = np.frombuffer(payload, dtype, n, position)
-        position += array.nbytes
-        return array
-
-    counts = take("<i4", header.rows)
-    ids, logprobs = take("<i4", header.entries), take("<f4", header.entries)
-    return RaggedRows(counts, ids, logprobs, {name: take("<f4", header.rows) for name in names})
+def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray, tables: Tables | None) -> bytes:
+    """A frame of rows of which the first is the shard's row `row`: `compact` with tables, else
+    `exact`."""
+    codec = EXACT if tables is None else COMPACT
+    arrays = (rows.counts, rows.ids, rows.logprobs)
+    stream = (
+        _logit_codec.encode_exact(*arrays) if tables is None else tables.encoder.encode(*arrays)
+    )
+    names = [name for name in COLUMNS if name in rows.columns]
+    columns = [rows.columns[name].astype(_COLUMN_DTYPES[codec]).tobytes() for name in names]
+    payload = b"".join([digests.astype("<u8").tobytes(), *columns, stream])
+    header = FrameHeader(
+        ROWS_FRAME,
+        codec,
+        sum(1 << COLUMNS.index(name) for name in names),
+        len(rows),
+        len(payload),
+        row,
+        0 if tables is None else tables.offset,
+        len(rows.ids),
+        int(rows.counts.max(initial=0)),
+        len(digests),
+        zlib.crc32(payload),
+    )
+    return header.to_bytes() + payload

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_pd.store.format import fsync_directory
 from megatron_pd.store.rows import StoreError
 
-__all__ = ["AppendFile", "publish_once"]
+__all__ = ["AppendFile", "fsync_directory", "publish_once", "write_error"]
 
 _MENDS = {
     errno.ENOSPC: "the disk is full: free space and start again, what was flushed is kept",
@@ -28,56 +29,79 @@ def write_error(path: Path, error: OSError) -> StoreError:
 
 
 class AppendFile:
-    """A file that one process appends to; a failed append leaves no trace behind `end`."""
+    """A file that one process appends to.
+
+    A failed append or sync cuts the file back to what was durable before and ends its use: rows
+    that the disk may have lost, though the page cache still shows them, are never counted on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._descriptor = _open_locked(path)
-            self.end = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise write_error(path, error) from error
+        self.end = self._durable = os.fstat(self._descriptor).st_size
+        with self._failing_for_good():
+            fsync_directory(path.parent)
 
     def append(self, data: bytes) -> int:
         """Appends all of `data`; returns the offset where it starts."""
         start = self.end
         view = memoryview(data)
-        try:
+        with self._failing_for_good():
             while view:
                 written = os.pwrite(self._descriptor, view, self.end)
                 self.end += written
                 view = view[written:]
-        except OSError as error:
-            self.end = start
-            raise write_error(self.path, error) from error
         return start
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._descriptor, length, offset)
 
     def truncate(self, end: int) -> None:
-        os.ftruncate(self._descriptor, end)
-        self.end = end
+        """Drops what lies behind `end`."""
+        with self._failing_for_good():
+            os.ftruncate(self._descriptor, end)
+            self.end = end
+            self._durable = min(self._durable, end)
 
     def sync(self) -> None:
         """Returns once everything appended is on the disk."""
-        try:
+        with self._failing_for_good():
             os.fsync(self._descriptor)
-        except OSError as error:
-            raise write_error(self.path, error) from error
+            self._durable = self.end
 
     def publish(self, target: Path) -> None:
         """Gives the whole, durable file its final name in one step."""
-        try:
-            os.ftruncate(self._descriptor, self.end)
-            os.fsync(self._descriptor)
+        self.sync()
+        with self._failing_for_good():
             os.rename(self.path, target)
             fsync_directory(target.parent)
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @contextlib.contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._durable)
+            self.close()
+            raise write_error(self.path, error) from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def publish_once(path: Path, data: bytes) -> None:

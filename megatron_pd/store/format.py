@@ -4,15 +4,14 @@ A store is a directory: `store.json` (the manifest) and shard files.  A shard fi
 
     header | frame, frame, ... | index | CRC-32 of every page of the index | footer
 
-where a frame is a block of rows.  While it is written a shard ends after its last frame and is
-called `….partial`.
+where a frame is a block of rows or the tables that later blocks are coded with.  While it is
+written a shard ends after its last frame and is called `….partial`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 import zlib
@@ -27,6 +26,7 @@ from megatron_pd.store.rows import StoreError
 
 __all__ = [
     "CODECS",
+    "COMPACT",
     "DIGEST_BYTES",
     "EXACT",
     "MANIFEST_NAME",
@@ -34,11 +34,12 @@ __all__ = [
     "PAGE_BYTES",
     "PARTIAL_SUFFIX",
     "ROWS_FRAME",
+    "TABLES_FRAME",
     "Footer",
     "FrameHeader",
     "Manifest",
     "ShardHeader",
-    "fsync_directory",
+    "is_intact",
     "page_crcs",
     "parse_shard_name",
     "shard_name",
@@ -51,9 +52,9 @@ MANIFEST_NAME = "store.json"
 PARTIAL_SUFFIX = ".partial"
 PAGE_BYTES = 4096
 DIGEST_BYTES = 8
-EXACT = 0
-CODECS = {"exact": EXACT}
-ROWS_FRAME = 2
+EXACT, COMPACT = 0, 1
+CODECS = {"exact": EXACT, "compact": COMPACT}
+TABLES_FRAME, ROWS_FRAME = 1, 2
 
 _SHARD_NAME = re.compile(r"^(\d{12})-(\d{12})\.shard$")
 
@@ -156,9 +157,10 @@ class ShardHeader:
     rows: int
     vocab_size: int
     draws: int
+    value_bits: int
     bound: bool
 
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQQIIBxxx")
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQQIIBBxx")
     MAGIC: ClassVar[bytes] = b"PDLOGITS"
     BYTES: ClassVar[int] = STRUCT.size + 4
 
@@ -173,6 +175,7 @@ class ShardHeader:
             self.rows,
             self.vocab_size,
             self.draws,
+            self.value_bits,
             self.bound,
         )
         return body + struct.pack("<I", zlib.crc32(body))
@@ -183,12 +186,12 @@ class ShardHeader:
             raise StoreError(f"{path}: not a logit-store shard (no {cls.MAGIC!r} at its start).")
         if len(data) >= 12:
             _check_version(int.from_bytes(data[8:12], "little"), path)
-        if len(data) != cls.BYTES or _crc_differs(data):
+        if len(data) != cls.BYTES or not is_intact(data):
             raise StoreError(f"{path}: the shard's header is damaged. Dump this shard again.")
-        _, _, _, store_id, first, documents, rows, vocab_size, draws, bound = cls.STRUCT.unpack(
-            data[:-4]
+        _, _, _, store_id, first, documents, rows, vocab_size, draws, value_bits, bound = (
+            cls.STRUCT.unpack(data[:-4])
         )
-        return cls(store_id, first, documents, rows, vocab_size, draws, bool(bound))
+        return cls(store_id, first, documents, rows, vocab_size, draws, value_bits, bool(bound))
 
     @property
     def range(self) -> range:
@@ -197,7 +200,7 @@ class ShardHeader:
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """48 bytes before a block's payload."""
+    """48 bytes before a block's or a table's payload."""
 
     type: int
     codec: int
@@ -205,12 +208,13 @@ class FrameHeader:
     rows: int
     payload_bytes: int
     row: int
-    reserved: int
+    tables_offset: int
     entries: int
     max_count: int
+    digests: int
     payload_crc: int
 
-    STRUCT: ClassVar[struct.Struct] = struct.Struct("<4sBBBxIIQQIII")
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("<4sBBBxIIQQIHHI")
     MAGIC: ClassVar[bytes] = b"PDBK"
     BYTES: ClassVar[int] = STRUCT.size + 4
 
@@ -223,9 +227,10 @@ class FrameHeader:
             self.rows,
             self.payload_bytes,
             self.row,
-            self.reserved,
+            self.tables_offset,
             self.entries,
             self.max_count,
+            self.digests,
             self.payload_crc,
         )
         return body + struct.pack("<I", zlib.crc32(body))
@@ -233,7 +238,7 @@ class FrameHeader:
     @classmethod
     def from_bytes(cls, data: bytes) -> FrameHeader | None:
         """None where no intact frame header starts."""
-        if len(data) != cls.BYTES or data[:4] != cls.MAGIC or _crc_differs(data):
+        if len(data) != cls.BYTES or data[:4] != cls.MAGIC or not is_intact(data):
             return None
         return cls(*cls.STRUCT.unpack(data[:-4])[1:])
 
@@ -271,7 +276,7 @@ class Footer:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path) -> Footer:
-        if len(data) != cls.BYTES or data[:8] != cls.MAGIC or _crc_differs(data):
+        if len(data) != cls.BYTES or data[:8] != cls.MAGIC or not is_intact(data):
             raise StoreError(
                 f"{path}: the shard has no intact footer, so it was cut off or damaged. "
                 "Copy it again from where it came from, or dump this shard again."
@@ -279,8 +284,9 @@ class Footer:
         return cls(*cls.STRUCT.unpack(data[:-4])[1:])
 
 
-def _crc_differs(data: bytes) -> bool:
-    return zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little")
+def is_intact(data: bytes) -> bool:
+    """Whether a header or footer ends with the CRC-32 of what is before."""
+    return len(data) > 4 and zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
 
 
 def _check_version(version: int, path: Path) -> None:
@@ -289,12 +295,3 @@ def _check_version(version: int, path: Path) -> None:
             f"{path}: format version {version}; this release of megatron_pd reads version "
             f"{VERSION}. Install the release that wrote the store, or dump it again."
         )
-
-
-def fsync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

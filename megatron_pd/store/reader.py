@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.blocks import RaggedRows
 from megatron_pd.store.format import MANIFEST_NAME, PARTIAL_SUFFIX, Manifest, parse_shard_name
 from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.shard import Shard
@@ -95,14 +94,12 @@ class LogitStore:
 
     def read(self, document: int, offset: int = 0, length: int | None = None) -> TeacherRows:
         """Rows [offset, offset + length) of a document (default: all)."""
+        shard = self._shard(document)
+        if shard is None:
+            return TeacherRows.empty(length or 0)
         if length is None:
-            shard = self._shard(document)
-            length = (shard.length(document) if shard else 0) - offset
-        parts = list(self._rows(document, offset, length))
-        width = max((int(part.counts.max(initial=0)) for part in parts), default=0)
-        if not parts:
-            return TeacherRows.empty(length)
-        return TeacherRows.concatenate([part.padded(width) for part in parts])
+            length = max(0, shard.length(document) - offset)
+        return shard.read(document, offset, length)
 
     def gather(
         self,
@@ -114,32 +111,43 @@ class LogitStore:
     ) -> None:
         """Reads spans (int64 [n, 3]: document, offset, length) one after another into out_ids
         int32 [rows, K], out_logprobs float32 [rows, K], out_counts int32 [rows] and, by name,
-        out_columns float32 [rows] each (NaN where the store has no such value).  Of a row with
-        more than K entries the K likeliest are kept.  `rows` is the sum of the lengths."""
+        out_columns float32 [rows] each (NaN where the store has no such value); all contiguous.
+        Of a row with more than K entries the K likeliest are kept.  `rows` is the sum of the
+        lengths."""
         columns = out_columns or {}
-        self._check_outputs(spans, out_counts, columns)
-        out_ids[:], out_logprobs[:], out_counts[:] = -1, 0, 0
-        for column in columns.values():
-            column[:] = np.nan
-        width, row = out_ids.shape[1], 0
+        out = (out_ids, out_logprobs, out_counts)
+        self._check_outputs(spans, out, columns)
+        row = 0
         for document, offset, length in spans.tolist():
-            at = row
-            for part in self._rows(document, offset, length):
-                end = at + len(part)
-                out_counts[at:end] = part.fill(out_ids[at:end], out_logprobs[at:end], width)
-                for name in columns.keys() & part.columns.keys():
-                    columns[name][at:end] = part.columns[name]
-                at = end
-            row += length
+            shard, end = self._shard(document), row + length
+            values = np.full((len(COLUMNS), length), np.nan, np.float32) if columns else None
+            if shard is None:
+                out_ids[row:end], out_logprobs[row:end], out_counts[row:end] = -1, 0, 0
+            else:
+                shard.read_into(document, offset, length, out, row, values)
+            for name, column in columns.items():
+                assert values is not None
+                column[row:end] = values[COLUMNS.index(name)]
+            row = end
 
     def _check_outputs(
-        self, spans: np.ndarray, out_counts: np.ndarray, columns: Mapping[str, np.ndarray]
+        self,
+        spans: np.ndarray,
+        out: tuple[np.ndarray, np.ndarray, np.ndarray],
+        columns: Mapping[str, np.ndarray],
     ) -> None:
-        if (rows := int(spans[:, 2].sum())) != len(out_counts):
+        if (rows := int(spans[:, 2].sum())) != len(out[2]):
             raise StoreError(
-                f"{self.path}: the spans have {rows} rows, the buffers {len(out_counts)}. "
+                f"{self.path}: the spans have {rows} rows, the buffers {len(out[2])}. "
                 "Pass buffers of the spans' total length."
             )
+        for array, dtype in zip(out, (np.int32, np.float32, np.int32), strict=True):
+            if array.dtype != dtype or not array.flags.c_contiguous:
+                raise StoreError(
+                    f"{self.path}: a buffer of {array.dtype} (contiguous: "
+                    f"{array.flags.c_contiguous}) given; pass contiguous int32 ids [rows, K], "
+                    "float32 logprobs [rows, K] and int32 counts [rows]."
+                )
         if unknown := sorted(columns.keys() - set(COLUMNS)):
             raise StoreError(f"{self.path}: unknown columns {unknown}; known: {COLUMNS}.")
 
@@ -190,11 +198,6 @@ class LogitStore:
         if index >= 0 and document in self._shards[index].documents:
             return self._shards[index]
         return None
-
-    def _rows(self, document: int, offset: int, length: int) -> Iterator[RaggedRows]:
-        shard = self._shard(document)
-        if shard is not None:
-            yield from shard.rows(document, offset, length)
 
 
 def _reopen(path: Path, allow_partial: bool) -> LogitStore:

@@ -1,39 +1,34 @@
-"""One finished shard file: its index, and its blocks decoded, checked and cached."""
+"""One finished shard file: opened, mapped, and read by the C++ codec."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from megatron_pd.store.blocks import RaggedRows, decode_exact
+from megatron_pd.store import _logit_codec
 from megatron_pd.store.format import (
-    EXACT,
     MANIFEST_NAME,
-    ROWS_FRAME,
     Footer,
-    FrameHeader,
     ShardHeader,
-    page_crcs,
     token_digest,
 )
-from megatron_pd.store.rows import Corpus, StoreError
+from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 
 __all__ = ["Shard"]
 
 _SAMPLED_DOCUMENTS = 256
-_CACHED_BLOCKS = 4
 
 
 class Shard:
-    """Opening reads the header and the footer; the index is mapped, checked and kept at its first
-    use. Every fault of the file is a StoreError."""
+    """Opening reads the header and the footer; the file is mapped at its first use, and every page
+    of the index, block and table is checked when it is touched. Every fault is a StoreError."""
 
     def __init__(self, path: Path, documents: range, store_id: int) -> None:
         self.path, self.documents = path, documents
@@ -45,7 +40,6 @@ class Shard:
                 os.pread(file.fileno(), Footer.BYTES, max(0, size - Footer.BYTES)), path
             )
         self._check_identity(size, zlib.crc32(header), store_id)
-        self._cache: OrderedDict[int, RaggedRows] = OrderedDict()
 
     def _check_identity(self, size: int, header_crc: int, store_id: int) -> None:
         if self.footer.file_bytes != size or self.footer.header_crc != header_crc:
@@ -61,103 +55,99 @@ class Shard:
             )
 
     @cached_property
-    def _map(self) -> mmap.mmap:
+    def native(self) -> _logit_codec.Shard:
         with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with self._reported():
+            return _logit_codec.Shard(
+                data,
+                rows=self.header.rows,
+                documents=self.header.documents,
+                blocks=self.footer.blocks,
+                index_offset=self.footer.index_offset,
+                index_bytes=self.footer.index_bytes,
+                bound=self.header.bound,
+                vocab_size=self.header.vocab_size,
+                draws=self.header.draws,
+                value_bits=self.header.value_bits,
+            )
 
-    @cached_property
-    def _index(self) -> np.ndarray:
-        """The index as int64 words, after its checksums and its order have been checked."""
-        begin, size = self.footer.index_offset, self.footer.index_bytes
-        words = len(self.documents) * (1 + self.header.bound) + 1 + 2 * self.footer.blocks
-        data = self._map[begin : begin + size]
-        crcs = self._map[begin + size : len(self._map) - Footer.BYTES]
-        if size != 8 * words or len(data) != size or page_crcs(data) != crcs:
-            raise StoreError(f"{self.path}: the shard's index is damaged. Dump this shard again.")
-        return np.frombuffer(data, "<i8")
-
-    @cached_property
+    @property
     def starts(self) -> np.ndarray:
         """First row of every document, and the end of the last: int64 [documents + 1]."""
-        return self._index[: len(self.documents) + 1]
-
-    @cached_property
-    def _digests(self) -> np.ndarray:
-        begin = len(self.documents) + 1
-        return self._index[begin : begin + len(self.documents)].view("<u8")
-
-    @cached_property
-    def _blocks(self) -> np.ndarray:
-        """(first row, byte offset) of every block: int64 [blocks, 2]."""
-        return self._index[len(self._index) - 2 * self.footer.blocks :].reshape(-1, 2)
-
-    @cached_property
-    def _begun(self) -> np.ndarray:
-        """First rows of the documents that have any."""
-        return self.starts[:-1][np.diff(self.starts) > 0]
+        with self._reported():
+            return self.native.starts().view(np.int64)
 
     def length(self, document: int) -> int:
-        index = document - self.documents.start
-        return int(self.starts[index + 1] - self.starts[index])
+        with self._reported():
+            begin, end = self.native.document_rows(document - self.documents.start)
+        return end - begin
 
-    def rows(self, document: int, offset: int, length: int) -> Iterator[RaggedRows]:
-        """The rows [offset, offset + length) of a document, block by block."""
-        if offset < 0 or length < 0 or offset + length > self.length(document):
+    def read(self, document: int, offset: int, length: int) -> TeacherRows:
+        """The rows [offset, offset + length) of a document."""
+        begin = self._first_row(document, offset, length)
+        with self._reported():
+            width = self.native.max_count(begin, begin + length)
+        rows = TeacherRows.empty(length, width)
+        columns = np.empty((len(COLUMNS), length), np.float32)
+        self.read_into(document, offset, length, (rows.ids, rows.logprobs, rows.counts), 0, columns)
+        width = int(rows.counts.max(initial=0))
+        present = {
+            name: column
+            for bit, (name, column) in enumerate(zip(COLUMNS, columns, strict=True))
+            if self.footer.columns >> bit & 1
+        }
+        return TeacherRows(rows.ids[:, :width], rows.logprobs[:, :width], rows.counts, present)
+
+    def read_into(
+        self,
+        document: int,
+        offset: int,
+        length: int,
+        out: tuple[np.ndarray, np.ndarray, np.ndarray],
+        first: int,
+        columns: np.ndarray | None = None,
+    ) -> None:
+        """Writes rows into the padded ids, logprobs and counts `out` from row `first` on, and all
+        columns into float32 [3, length] (NaN where absent)."""
+        begin = self._first_row(document, offset, length)
+        with self._reported():
+            self.native.read(begin, begin + length, *out, first, columns)
+
+    def _first_row(self, document: int, offset: int, length: int) -> int:
+        with self._reported():
+            begin, end = self.native.document_rows(document - self.documents.start)
+        if offset < 0 or length < 0 or offset + length > end - begin:
             raise StoreError(
                 f"{self.path}: rows {offset} to {offset + length - 1} of document {document} "
-                f"asked for, it has {self.length(document)}. Is this another corpus?"
+                f"asked for, it has {end - begin}. Is this another corpus?"
             )
-        row = int(self.starts[document - self.documents.start]) + offset
-        end = row + length
-        block = int(np.searchsorted(self._blocks[:, 0], row, "right")) - 1
-        while row < end:
-            first, rows = int(self._blocks[block, 0]), self._cached(block)
-            yield rows[row - first : min(len(rows), end - first)]
-            row, block = first + len(rows), block + 1
+        return begin + offset
 
-    def _cached(self, block: int) -> RaggedRows:
-        """Neighbouring documents share blocks, and a long document is read in several spans."""
-        rows = self._cache.get(block)
-        if rows is None:
-            rows = self._cache[block] = self.decode(block)
-            while len(self._cache) > _CACHED_BLOCKS:
-                try:
-                    self._cache.popitem(last=False)
-                except KeyError:  # another thread emptied it
-                    break
-        return rows
+    def check_index(self) -> None:
+        """Raises StoreError unless the whole index is intact."""
+        with self._reported():
+            self.native.check_index()
 
-    def decode(self, block: int) -> RaggedRows:
-        """The rows of a block, its checksums and values checked."""
-        first, at = map(int, self._blocks[block])
-        last = block + 1 == self.footer.blocks
-        end = self.header.rows if last else int(self._blocks[block + 1, 0])
-        header = FrameHeader.from_bytes(self._map[max(0, at) : max(0, at) + FrameHeader.BYTES])
-        if header is None or header.row != first or first + header.rows != end:
-            raise self._damaged(block, at)
-        start = at + FrameHeader.BYTES
-        payload = self._map[start : start + header.payload_bytes]
-        if zlib.crc32(payload) != header.payload_crc:
-            raise self._damaged(block, at)
-        if header.type != ROWS_FRAME or header.codec != EXACT:
+    def check_frames(self) -> None:
+        """Raises StoreError unless intact blocks and tables fill the file up to its index."""
+        with self._reported():
+            self.native.check_frames()
+
+    def check_block(self, block: int) -> None:
+        """Raises StoreError unless a block is intact and decodes."""
+        with self._reported():
+            self.native.check_block(block)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except _logit_codec.CorruptError as error:
             raise StoreError(
-                f"{self.path}: the block at byte {at} has codec {header.codec}, which this release "
-                "cannot read. Install the release that wrote the store."
-            )
-        rows = decode_exact(header, payload, self._begun_in(first, end))
-        if rows is None or not rows.in_range(self.header.vocab_size):
-            raise self._damaged(block, at)
-        return rows
-
-    def _begun_in(self, first: int, end: int) -> int:
-        """How many documents begin in these rows: each has its digest in the block."""
-        if not self.header.bound:
-            return 0
-        begin, stop = np.searchsorted(self._begun, [first, end])
-        return int(stop - begin)
-
-    def _damaged(self, block: int, at: int) -> StoreError:
-        return StoreError(f"{self.path}: block {block} at byte {at} is damaged. Dump it again.")
+                f"{self.path}: {error}. Copy the shard again from where it came from, or delete "
+                "it and dump its documents again."
+            ) from None
 
     def check_corpus(self, corpus: Corpus, lengths: np.ndarray, full: bool) -> None:
         """Raises StoreError unless the shard's documents are those of `corpus`; the tokens of a
@@ -170,7 +160,9 @@ class Shard:
         count = len(self.documents) if full else min(len(self.documents), _SAMPLED_DOCUMENTS)
         for index in np.unique(np.linspace(0, len(self.documents) - 1, count, dtype=np.int64)):
             tokens = corpus.tokens(self.documents.start + int(index))
-            if len(tokens) and token_digest(tokens) != self._digests[index]:
+            with self._reported():
+                digest = self.native.digest(int(index))
+            if len(tokens) and token_digest(tokens) != digest:
                 raise self._other_corpus(int(index), "tokens")
 
     def _other_corpus(self, index: int, what: str) -> StoreError:

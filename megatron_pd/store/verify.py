@@ -32,7 +32,8 @@ def verify_store(
     shards = sorted(file for file in path.iterdir() if parse_shard_name(file.name))
     problems = []
     with ProcessPoolExecutor(max_workers=workers) as pool:
-        found = pool.map(verify_shard, shards, [manifest.store_id] * len(shards))
+        mapped = pool.map if workers > 1 else map
+        found = mapped(verify_shard, shards, [manifest.store_id] * len(shards))
         for shard, sentences in zip(shards, found, strict=True):
             problems += sentences
             progress(shard)
@@ -51,11 +52,14 @@ def verify_shard(path: Path, store_id: int) -> list[str]:
     problems = []
     try:
         shard = Shard(path, documents, store_id)
+        shard.check_index()
         for block in range(shard.footer.blocks):
             try:
-                shard.decode(block)
+                shard.check_block(block)
             except StoreError as error:
                 problems.append(str(error))
+        if not problems:
+            shard.check_frames()
     except StoreError as error:
         problems.append(str(error))
     return problems

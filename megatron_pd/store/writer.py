@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_pd.store.blocks import RaggedRows, encode_frame
-from megatron_pd.store.files import AppendFile, publish_once, write_error
+from megatron_pd.store import _logit_codec
+from megatron_pd.store.blocks import RaggedRows, encode_frame, tables_frame
+from megatron_pd.store.files import AppendFile, fsync_directory, publish_once, write_error
 from megatron_pd.store.format import (
     CODECS,
+    COMPACT,
     MANIFEST_NAME,
     MAX_VOCAB_SIZE,
     PARTIAL_SUFFIX,
+    TABLES_FRAME,
     Footer,
     FrameHeader,
     Manifest,
     ShardHeader,
+    is_intact,
     page_crcs,
     parse_shard_name,
     shard_name,
     token_digest,
 )
 from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.tables import TablesTrainer
 
 __all__ = ["LogitStoreWriter"]
 
 BLOCK_ROWS = 512
-BUFFER_ENTRIES = 1 << 21
+BUFFER_BYTES = 16 << 20
 Kind = Literal["top", "sampled"]
+
+
+@dataclass
+class _Blocks:
+    """What the index and the footer will say about the blocks written so far."""
+
+    rows: array[int] = field(default_factory=lambda: array("Q"))
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    entries: int = 0
+    max_count: int = 0
+    columns: int = 0
+
+    def add(self, header: FrameHeader, offset: int) -> None:
+        self.rows.append(header.row)
+        self.offsets.append(offset)
+        self.entries += header.entries
+        self.max_count = max(self.max_count, header.max_count)
+        self.columns |= header.columns
+
+    def table(self) -> np.ndarray:
+        """uint64 [blocks, 2]: first row and offset of every block, by row."""
+        table = np.stack([np.array(self.rows, "<u8"), np.array(self.offsets, "<u8")], axis=1)
+        return table[np.argsort(table[:, 0])]
 
 
 class LogitStoreWriter:
@@ -46,9 +77,12 @@ class LogitStoreWriter:
     last row of a document has no next token and must be empty.  `flush()` makes everything appended
     durable; after a crash the next writer of the same shard goes on from `written(document)`.
     Leaving the `with` block finishes the shard; leaving it by an exception keeps what was flushed
-    and whatever of the rest reached the file.
+    and whatever of the rest reached the file.  A writer whose write failed or was interrupted can
+    only be left; the next one goes on.  It holds some 100 MB beside 32 bytes per document.
 
-    codec       "exact": int32 ids and float32 log-probabilities.
+    codec       "compact" (default), or "exact" (float32 log-probabilities).
+    value_bits  resolution of `compact`: 10 bits cost at most 2.8e-4 nats a row and 5e-5 on average,
+                each further bit leaves a quarter of that and takes about 0.8 bits per entry.
     corpus      binds the shard to the corpus by a hash of every document's tokens.
     kind        "top", or "sampled" with `draws` (draws of every non-empty row).
     """
@@ -60,18 +94,23 @@ class LogitStoreWriter:
         vocab_size: int,
         document_lengths: np.ndarray,
         metadata: Mapping[str, Any],
-        codec: str = "exact",
+        codec: str = "compact",
+        value_bits: int = 10,
         corpus: Corpus | None = None,
         documents: range | None = None,
         kind: Kind = "top",
         draws: int = 0,
     ) -> None:
         lengths = np.asarray(document_lengths, np.int64)
-        _check_arguments(path, vocab_size, lengths, codec, kind, draws)
+        _check_arguments(path, vocab_size, lengths, codec, kind, draws, value_bits)
         self.path = Path(path)
         self.documents = _checked_range(documents, len(lengths))
         self._corpus = corpus
         self._vocab_size = vocab_size
+        self._value_bits = value_bits
+        self._trainer = (
+            TablesTrainer(vocab_size, draws, value_bits) if CODECS[codec] == COMPACT else None
+        )
         self._manifest = Manifest.of(vocab_size, lengths, draws, metadata)
         shard_lengths = lengths[self.documents.start : self.documents.stop]
         self._starts = np.concatenate([[0], np.cumsum(shard_lengths)])
@@ -81,16 +120,18 @@ class LogitStoreWriter:
         self._file: AppendFile | None = None
         self._pending: dict[int, list[RaggedRows]] = {}
         self._pending_end: dict[int, int] = {}
-        self._pending_entries = 0
-        self._blocks: list[FrameHeader] = []
-        self._offsets: list[int] = []
+        self._pending_bytes = 0
+        self._failed = False
+        self._blocks = _Blocks()
         self._columns: tuple[str, ...] | None = None
         self._open()
 
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
         """Adds rows `offset`, `offset + 1`, ... of a document."""
         index = self._checked_position(document, offset, len(rows))
-        _check_rows(rows, f"{self.path}, document {document}", self._vocab_size)
+        ragged = RaggedRows.of(
+            rows, self._vocab_size, self._manifest.draws, f"{self.path}, document {document}"
+        )
         if offset + len(rows) == self._length(index) and len(rows) and rows.counts[-1]:
             raise StoreError(
                 f"document {document}: its last row has {rows.counts[-1]} entries, but no token "
@@ -101,16 +142,18 @@ class LogitStoreWriter:
         if offset == 0 and self._corpus is not None:
             self._digests[index] = self._token_digest(document)
         if len(rows):
-            self._enqueue(int(self._starts[index]) + offset, RaggedRows.of(rows))
+            self._enqueue(int(self._starts[index]) + offset, ragged)
             self._next[index] += len(rows)
-        if self._pending_entries >= BUFFER_ENTRIES:
+        if self._pending_bytes >= BUFFER_BYTES:
             self._write_pending()
 
     def flush(self) -> None:
         """Returns once everything appended before is durable."""
-        self._write_pending()
+        self._check_usable()
         if self._file is not None:
-            self._file.sync()
+            self._write_pending()
+            with self._failing_for_good():
+                self._file.sync()
         self._durable[:] = self._next
 
     def written(self, document: int) -> int:
@@ -119,12 +162,13 @@ class LogitStoreWriter:
 
     def close(self) -> None:
         """Finishes the shard: checks that no row is missing, then publishes it."""
+        self._check_usable()
         if self._file is None:
             return
         try:
             self._write_pending()
             self._check_complete()
-            self._write_index()
+            self._write_index(self._file)
             self._file.publish(self._final)
         finally:
             self.abandon()
@@ -158,11 +202,14 @@ class LogitStoreWriter:
             int(self._starts[-1]),
             self._vocab_size,
             self._manifest.draws,
+            self._value_bits,
             self._corpus is not None,
         )
         self._header = header.to_bytes()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True, exist_ok=True)
+                fsync_directory(self.path.parent)
         except OSError as error:
             raise write_error(self.path, error) from error
         _publish_manifest(self.path / MANIFEST_NAME, self._manifest)
@@ -179,11 +226,14 @@ class LogitStoreWriter:
             raise
 
     def _resume(self, file: AppendFile) -> None:
-        if file.end < len(self._header):
+        found = file.read(0, len(self._header))
+        if file.end <= len(self._header) and found != self._header and not is_intact(found):
+            # Nothing, or what a crash left of the header: no frame comes before it is durable.
             file.truncate(0)
             file.append(self._header)
+            file.sync()
             return
-        if file.read(0, len(self._header)) != self._header:
+        if found != self._header:
             raise StoreError(
                 f"{file.path}: an unfinished shard of another dump (other teacher, corpus, codec "
                 "or settings) is in the way. Finish it with its own settings, or delete it."
@@ -191,13 +241,18 @@ class LogitStoreWriter:
         end = len(self._header)
         for header, payload, offset in _frames(file):
             end = offset + FrameHeader.BYTES + len(payload)
-            self._remember(header, payload, offset)
+            if header.type != TABLES_FRAME:
+                self._remember(header, payload, offset)
+            elif self._trainer is not None:
+                self._trainer.resume(payload, offset)
         file.truncate(end)
+        file.sync()  # a killed writer may have left what it wrote to the page cache alone
         self._durable[:] = self._next
 
     def _remember(self, header: FrameHeader, payload: bytes, offset: int) -> None:
-        self._blocks.append(header)
-        self._offsets.append(offset)
+        self._blocks.add(header, offset)
+        if self._trainer is not None:
+            self._trainer.resume_rows(header.entries)
         first, last = self._documents_of(header.row, header.row + header.rows)
         ends = np.minimum(header.row + header.rows, self._starts[first + 1 : last + 1])
         self._next[first:last] = ends - self._starts[first:last]
@@ -221,17 +276,21 @@ class LogitStoreWriter:
         start = self._pending_end.pop(row, row)
         self._pending.setdefault(start, []).append(rows)
         self._pending_end[row + len(rows)] = start
-        self._pending_entries += len(rows.ids)
+        self._pending_bytes += 8 * len(rows.ids) + 16 * len(rows) + 1024
 
     def _write_pending(self) -> None:
         """Writes the buffered rows, neighbouring documents in common blocks."""
-        for row, parts in self._joined_runs():
-            rows = RaggedRows.concatenate(parts)
-            for start in range(0, len(rows), BLOCK_ROWS):
-                self._write_block(row + start, rows[start : start + BLOCK_ROWS])
+        with self._failing_for_good():
+            runs = [(row, RaggedRows.concatenate(parts)) for row, parts in self._joined_runs()]
+            if runs and self._trainer is not None:
+                self._renew_tables(self._trainer, [rows for _, rows in runs])
+            for row, rows in runs:
+                for block in rows.blocks(BLOCK_ROWS):
+                    self._write_block(row, block)
+                    row += len(block)
         self._pending.clear()
         self._pending_end.clear()
-        self._pending_entries = 0
+        self._pending_bytes = 0
 
     def _joined_runs(self) -> Iterator[tuple[int, list[RaggedRows]]]:
         ends = {start: end for end, start in self._pending_end.items()}
@@ -248,41 +307,60 @@ class LogitStoreWriter:
         if run is not None:
             yield run
 
+    def _renew_tables(self, trainer: TablesTrainer, runs: list[RaggedRows]) -> None:
+        assert self._file is not None
+        payload = trainer.train(runs)
+        if payload is not None:
+            trainer.resume(payload, self._file.append(tables_frame(payload)))
+
     def _write_block(self, row: int, rows: RaggedRows) -> None:
         assert self._file is not None
         digests = self._digests[self._begun_in(row, row + len(rows))]
-        frame = encode_frame(rows, row, digests if self._corpus is not None else digests[:0])
-        self._offsets.append(self._file.append(frame))
+        digests = digests if self._corpus is not None else digests[:0]
+        tables = self._trainer.tables if self._trainer is not None else None
+        frame = encode_frame(rows, row, digests, tables)
+        offset = self._file.append(frame)
         header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
         assert header is not None
-        self._blocks.append(header)
+        self._blocks.add(header, offset)
 
-    def _write_index(self) -> None:
-        assert self._file is not None
-        rows = np.array([block.row for block in self._blocks], np.uint64)
-        order = np.argsort(rows)
-        table = np.stack([rows, np.array(self._offsets, np.uint64)], axis=1)[order]
+    def _write_index(self, file: AppendFile) -> None:
+        table = self._blocks.table()
         parts = [self._starts.astype("<u8").tobytes()]
         if self._corpus is not None:
             parts.append(self._digests.astype("<u8").tobytes())
-        index = b"".join([*parts, table.astype("<u8").tobytes()])
-        offset = self._file.append(index)
-        crcs = page_crcs(index)
-        self._file.append(crcs)
-        columns = 0
-        for block in self._blocks:
-            columns |= block.columns
+        index = b"".join([*parts, table.tobytes()])
+        offset = file.append(index)
+        file.append(page_crcs(index))
         footer = Footer(
-            self._file.end + Footer.BYTES,
+            file.end + Footer.BYTES,
             offset,
             len(index),
-            len(self._blocks),
-            sum(block.entries for block in self._blocks),
-            max((block.max_count for block in self._blocks), default=0),
-            columns,
+            len(table),
+            self._blocks.entries,
+            self._blocks.max_count,
+            self._blocks.columns,
             zlib.crc32(self._header),
         )
-        self._file.append(footer.to_bytes())
+        file.append(footer.to_bytes())
+
+    @contextlib.contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        """After an error or an interrupt inside, nobody knows which rows were written: only a new
+        writer can tell, from the file."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            self.abandon()
+            raise
+
+    def _check_usable(self) -> None:
+        if self._failed:
+            raise StoreError(
+                f"{self._final}: an earlier write failed or was interrupted. Open the shard again: "
+                "what was flushed is kept, and written(document) says where to go on."
+            )
 
     def _check_complete(self) -> None:
         missing = np.flatnonzero(self._next < np.diff(self._starts))
@@ -325,6 +403,7 @@ class LogitStoreWriter:
         return document - self.documents.start
 
     def _checked_position(self, document: int, offset: int, rows: int) -> int:
+        self._check_usable()
         index = self._checked_document(document)
         if self._file is None:
             raise StoreError(f"{self._final}: the shard is finished, nothing can be added to it.")
@@ -393,7 +472,13 @@ def _checked_range(documents: range | None, total: int) -> range:
 
 
 def _check_arguments(
-    path: str | Path, vocab_size: int, lengths: np.ndarray, codec: str, kind: str, draws: int
+    path: str | Path,
+    vocab_size: int,
+    lengths: np.ndarray,
+    codec: str,
+    kind: str,
+    draws: int,
+    value_bits: int,
 ) -> None:
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise StoreError(f"{path}: vocab_size {vocab_size} is not in [1, {MAX_VOCAB_SIZE}].")
@@ -401,28 +486,12 @@ def _check_arguments(
         raise StoreError(f"{path}: document_lengths must be a 1-D array of lengths >= 0.")
     if codec not in CODECS:
         raise StoreError(f"{path}: unknown codec {codec!r}; choose one of {sorted(CODECS)}.")
+    lowest, highest = _logit_codec.MIN_VALUE_BITS, _logit_codec.MAX_VALUE_BITS
+    if not lowest <= value_bits <= highest:
+        raise StoreError(f"{path}: value_bits {value_bits} is not in [{lowest}, {highest}].")
+    if not 0 <= draws < 1 << 16:
+        raise StoreError(f"{path}: {draws} draws; a row of a store has at most 65,535.")
     if (kind == "sampled") != (draws > 0) or kind not in ("top", "sampled"):
         raise StoreError(
             f"{path}: kind {kind!r} with draws {draws}; 'sampled' needs draws > 0, 'top' draws 0."
         )
-
-
-def _check_rows(rows: TeacherRows, where: str, vocab_size: int) -> None:
-    n, width = rows.ids.shape
-    if rows.logprobs.shape != (n, width) or rows.counts.shape != (n,):
-        raise StoreError(
-            f"{where}: ids {rows.ids.shape}, logprobs {rows.logprobs.shape} and counts "
-            f"{rows.counts.shape} do not fit together; expected [n, K], [n, K] and [n]."
-        )
-    if n and (rows.counts.min() < 0 or rows.counts.max() > width):
-        raise StoreError(f"{where}: counts must be in [0, {width}].")
-    mask = np.arange(width) < rows.counts[:, None]
-    ids, logprobs = rows.ids[mask], rows.logprobs[mask]
-    if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise StoreError(
-            f"{where}: ids from {ids.min()} to {ids.max()}, but the vocabulary has {vocab_size}."
-        )
-    if not np.isfinite(logprobs).all() or (logprobs > 1e-3).any():
-        raise StoreError(f"{where}: log-probabilities must be finite and at most 0.")
-    if (np.diff(rows.logprobs, axis=1)[mask[:, 1:]] > 0).any():
-        raise StoreError(f"{where}: the entries of a row must come by falling log-probability.")

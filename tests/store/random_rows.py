@@ -40,12 +40,12 @@ def random_rows(
     return TeacherRows(rows.ids, rows.logprobs, rows.counts, extra)
 
 
-def assert_rows_equal(found: TeacherRows, expected: TeacherRows, note: str = "") -> None:
-    """Same counts, ids and log-probabilities, whatever the padding's width."""
-    np.testing.assert_array_equal(found.counts, expected.counts, note)
+def assert_rows_equal(found: TeacherRows, expected: TeacherRows, exact: bool = True) -> None:
+    """Same counts, ids and log-probabilities (not `exact`: roughly), whatever the padding."""
+    np.testing.assert_array_equal(found.counts, expected.counts)
     for row, count in enumerate(expected.counts):
-        np.testing.assert_array_equal(found.ids[row, :count], expected.ids[row, :count], note)
-        np.testing.assert_array_equal(
-            found.logprobs[row, :count], expected.logprobs[row, :count], note
+        np.testing.assert_array_equal(found.ids[row, :count], expected.ids[row, :count])
+        np.testing.assert_allclose(
+            found.logprobs[row, :count], expected.logprobs[row, :count], atol=0 if exact else 0.05
         )
         assert (found.ids[row, count:] == -1).all() and (found.logprobs[row, count:] == 0).all()

@@ -22,7 +22,11 @@ def store(tmp_path):
         {"label_logprob": np.log(np.array([0.25, 0.8, 1], np.float32))},
     )
     with LogitStoreWriter(
-        tmp_path / "c.pd", vocab_size=9, document_lengths=np.array([3]), metadata={}
+        tmp_path / "c.pd",
+        vocab_size=9,
+        document_lengths=np.array([3]),
+        metadata={},
+        codec="exact",
     ) as writer:
         writer.append(0, 0, rows)
     return tmp_path / "c.pd"
@@ -60,4 +64,4 @@ def test_verify_names_the_damage(store, monkeypatch, capsys):
     data[64 + 48] ^= 1
     shard.write_bytes(data)
     status, out = command(monkeypatch, capsys, "verify", store, "--json")
-    assert status == 1 and "block 0 at byte 64 is damaged" in json.loads(out)["problems"][0]
+    assert status == 1 and "block at byte 64 is damaged" in json.loads(out)["problems"][0]

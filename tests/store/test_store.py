@@ -16,11 +16,16 @@ VOCAB = 997
 
 
 def write_store(
-    path: Path, rng: np.random.Generator, corpus: RandomCorpus, bounds: list[int], **options
+    path: Path,
+    rng: np.random.Generator,
+    corpus: RandomCorpus,
+    bounds: list[int],
+    codec: str = "exact",
+    **options,
 ) -> dict[int, TeacherRows]:
     """Writes shards between `bounds`, documents in random order, in random pieces and flushes."""
     expected = {
-        document: random_rows(rng, int(n), VOCAB, 12, options.pop("columns", False))
+        document: random_rows(rng, int(n), VOCAB, 12)
         for document, n in enumerate(corpus.document_lengths)
     }
     for first, last in itertools.pairwise(bounds):
@@ -31,7 +36,7 @@ def write_store(
             metadata={"teacher": "random"},
             corpus=corpus,
             documents=range(first, last),
-            codec="exact",
+            codec=codec,
             **options,
         ) as writer:
             for document in rng.permutation(np.arange(first, last)).tolist():
@@ -110,7 +115,7 @@ def test_gather_fills_columns(tmp_path, rng):
     lengths = np.array([5, 7])
     rows = [random_rows(rng, int(n), VOCAB, 6, columns=True) for n in lengths]
     with LogitStoreWriter(
-        tmp_path, vocab_size=VOCAB, document_lengths=lengths, metadata={}
+        tmp_path, vocab_size=VOCAB, document_lengths=lengths, metadata={}, codec="exact"
     ) as writer:
         for document in (1, 0):
             writer.append(document, 0, rows[document])
@@ -124,3 +129,36 @@ def test_gather_fills_columns(tmp_path, rng):
     assert np.isnan(columns["std"]).all()
     with pytest.raises(StoreError, match="the spans have 8 rows, the buffers 7"):
         store.gather(spans, *(output[:7] for output in outputs))
+
+
+def dense_kl(given: TeacherRows, decoded: TeacherRows) -> np.ndarray:
+    """KL(given || decoded) of every row in nats, the mass of no entry as one more outcome."""
+    entries = np.arange(given.ids.shape[1]) < given.counts[:, None]
+    given_log, decoded_log = (
+        np.where(entries, rows.logprobs[:, : given.ids.shape[1]].astype(np.float64), 0.0)
+        for rows in (given, decoded)
+    )
+    given_p, decoded_p = np.exp(given_log) * entries, np.exp(decoded_log) * entries
+    tail, decoded_tail = (np.clip(1 - p.sum(1), 0, 1) for p in (given_p, decoded_p))
+    kl = (given_p * (given_log - decoded_log)).sum(1)
+    return kl + np.where(tail > 0, tail * np.log(np.maximum(tail, 1e-30) / decoded_tail), 0.0)
+
+
+@pytest.mark.parametrize("value_bits", [8, 10, 14])
+def test_compact_keeps_ids_and_nearly_all_of_the_distribution(tmp_path, rng, value_bits):
+    corpus = RandomCorpus(rng, 60, VOCAB)
+    expected = write_store(
+        tmp_path, rng, corpus, [0, 25, 60], codec="compact", value_bits=value_bits
+    )
+    store = LogitStore(tmp_path)
+    kl = []
+    for document, rows in expected.items():
+        found = store.read(document)
+        np.testing.assert_array_equal(found.counts, rows.counts)
+        width = found.ids.shape[1]
+        np.testing.assert_array_equal(found.ids, rows.ids[:, :width])
+        assert (np.diff(found.logprobs, axis=1)[found.ids[:, 1:] >= 0] <= 0).all()
+        kl.append(dense_kl(rows, TeacherRows.concatenate([found, TeacherRows.empty(0, 12)])))
+    step = 48 / 2**value_bits
+    assert np.concatenate(kl).max() <= step**2 / 8 + 1e-6
+    assert np.concatenate(kl).mean() <= step**2 / 24

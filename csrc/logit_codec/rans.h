@@ -1,0 +1,126 @@
+// Range asymmetric numeral systems with static models: 32-bit states, 16-bit words.
+//
+// A block uses two states over one stream of words, so that the two dependency chains of an entry
+// (its id and its value) run side by side in the processor.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "bytes.h"
+
+namespace logit_codec {
+
+inline constexpr uint32_t kFrequencyBits = 11, kTotal = 1u << kFrequencyBits;
+inline constexpr uint32_t kLowest = 1u << 16;  // states lie in [2^16, 2^32)
+inline constexpr uint32_t kEscape = 255;       // a symbol that the model lacks: 8 raw bits follow
+
+// Frequencies of symbols, summing to kTotal.  The escape always has one.
+struct Model {
+    std::array<uint16_t, 256> frequency{};
+    std::array<uint16_t, 256> start{};
+
+    static Model fit(const std::array<double, 256>& counts);
+    void place();
+    bool has(uint32_t symbol) const { return frequency[symbol] != 0; }
+};
+
+// Rounds counts to frequencies of at least 1 by giving the largest what rounding leaves.
+inline Model Model::fit(const std::array<double, 256>& counts) {
+    Model model;
+    std::array<double, 256> wanted = counts;
+    wanted[kEscape] += 1;
+    const double total = std::accumulate(wanted.begin(), wanted.end(), 0.0);
+    int left = kTotal;
+    for (int s = 0; s < 256; ++s) {
+        if (wanted[s] <= 0) continue;
+        const double share = wanted[s] / total * kTotal;
+        model.frequency[s] = uint16_t(std::max(1.0, share + 0.5));
+        left -= model.frequency[s];
+    }
+    while (left != 0) {
+        auto& largest = *std::max_element(model.frequency.begin(), model.frequency.end());
+        const int change = std::max(left, 1 - int(largest) / 2);
+        largest = uint16_t(largest + change);
+        left -= change;
+    }
+    model.place();
+    return model;
+}
+
+inline void Model::place() {
+    uint32_t sum = 0;
+    for (int s = 0; s < 256; ++s) {
+        start[s] = uint16_t(sum);
+        sum += frequency[s];
+    }
+    if (sum != kTotal) throw Corrupt("a model's frequencies do not sum to 2048");
+}
+
+// What each slot of a model decodes to, in 32 bits: symbol, slot - start, frequency - 1.
+inline void append_slots(std::vector<uint32_t>& slots, const Model& model) {
+    for (uint32_t symbol = 0; symbol < 256; ++symbol)
+        for (uint32_t i = 0; i < model.frequency[symbol]; ++i)
+            slots.push_back(symbol | (i << 8) | ((model.frequency[symbol] - 1u) << 20));
+}
+
+// Symbols must be put in the reverse of the order in which they are read.
+class Encoder {
+   public:
+    void put(int state, const Model& model, uint32_t symbol) {
+        const uint32_t frequency = model.frequency[symbol];
+        uint32_t& x = states_[state];
+        if (x >= (uint64_t(frequency) << (32 - kFrequencyBits))) {
+            words_.push_back(uint16_t(x));
+            x >>= 16;
+        }
+        x = ((x / frequency) << kFrequencyBits) + x % frequency + model.start[symbol];
+    }
+
+    // The two states, then the words in the order of reading.
+    void finish(std::vector<uint8_t>& out) {
+        for (uint32_t state : states_) store(out, state);
+        std::reverse(words_.begin(), words_.end());
+        for (uint16_t word : words_) store(out, word);
+    }
+
+   private:
+    std::array<uint32_t, 2> states_{kLowest, kLowest};
+    std::vector<uint16_t> words_;
+};
+
+// Past the end of its words a Decoder reads zeros; `finish` then throws.  Whether a state takes a
+// word is as good as random, so it is computed and not branched on.
+class Decoder {
+   public:
+    explicit Decoder(Bytes bytes)
+        : words_(part(bytes, 8, bytes.size() < 8 ? 0 : bytes.size() - 8)),
+          states_{load<uint32_t>(bytes, 0), load<uint32_t>(bytes, 4)} {}
+
+    template <int state>
+    uint32_t get(const uint32_t* slots) {
+        uint32_t& x = states_[state];
+        const uint32_t slot = slots[x & (kTotal - 1)];
+        x = ((slot >> 20) + 1) * (x >> kFrequencyBits) + ((slot >> 8) & (kTotal - 1));
+        const uint32_t more = (x << 16) | words_.peek<uint16_t>(next_);
+        const bool low = x < kLowest;
+        x = low ? more : x;
+        next_ += size_t(low) * 2;
+        return slot & 255;
+    }
+
+    void finish() const {
+        if (next_ != words_.size() || states_[0] != kLowest || states_[1] != kLowest)
+            throw Corrupt("the entropy-coded words do not end where the rows end");
+    }
+
+   private:
+    Padded words_;
+    size_t next_ = 0;
+    std::array<uint32_t, 2> states_;
+};
+
+}  // namespace logit_codec
