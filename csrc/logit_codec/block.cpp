@@ -110,40 +110,52 @@ class NumberReader {
     }
 
    private:
+    // A symbol of the alphabet, never the escape.
     template <int state>
-    uint32_t number(int context) {
-        uint32_t symbol = coded_.get<state>(tables_.slots(context));
+    uint32_t symbol(const uint32_t* slots) {
+        uint32_t symbol = coded_.get<state>(slots);
         if (symbol == kEscape) {
             symbol = raw_.get(8);
             if (symbol >= kSymbols) throw Corrupt("a symbol that does not exist");
         }
-        if (state == 1 && symbol < kDirect) return symbol;  // most values; ids take either way
+        return symbol;
+    }
+
+    uint32_t number_of(uint32_t symbol) {
         const NamedBucket bucket = kBuckets[symbol];
         return bucket.first + raw_.get(int(bucket.bits));
     }
 
-    uint32_t rank(uint64_t rank) const {
+    uint32_t value(const uint32_t* slots) {
+        const uint32_t found = symbol<1>(slots);
+        return found < kDirect ? found : number_of(found);  // most are; ids take either way
+    }
+
+    uint32_t id(int context) { return number_of(symbol<0>(tables_.slots(context))); }
+
+    uint32_t checked_rank(uint64_t rank) const {
         if (rank >= tables_.layout().vocab_size) throw Corrupt("a rank beyond the vocabulary");
         return uint32_t(rank);
     }
 
-    uint32_t top_row(uint32_t previous_count, Span<uint32_t> ranks,
-                     Span<uint32_t> codes) {
-        const Grid& grid = tables_.grid();
-        const Layout& layout = tables_.layout();
-        const uint32_t count =
-            number<1>(kCountContext + octave_context(previous_count, kCountContexts));
+    uint32_t top_row(uint32_t previous_count, Span<uint32_t> ranks, Span<uint32_t> codes) {
+        const uint32_t count = value(
+            tables_.slots(kCountContext + octave_context(previous_count, kCountContexts)));
         if (count > ranks.size()) throw Corrupt("the rows have more entries than their block");
+        const uint32_t* id_slots = tables_.slots(0);
+        const uint32_t* value_slots =
+            tables_.slots(kFirstValueContext + octave_context(count, kFirstValueContexts));
+        uint32_t most = tables_.grid().size() - 1;
         for (uint32_t i = 0; i < count; ++i) {
-            const bool first = i == 0;
-            const uint32_t most = first ? grid.size() - 1 : grid.highest(codes[i - 1]);
-            const int context =
-                first ? kFirstValueContext + octave_context(count, kFirstValueContexts)
-                      : next_value_context(layout, codes[i - 1]);
-            const uint32_t below = number<1>(context);
+            const uint32_t below = value(value_slots);
             if (below > most) throw Corrupt("a value below the grid");
             codes[i] = most - below;
-            ranks[i] = rank(number<0>(first ? 0 : id_context(ranks[i - 1])));
+            const Tables::AfterCode& after = tables_.after_code(codes[i]);
+            most = after.highest;
+            value_slots = tables_.slots_from(after.first_slot);
+            const uint32_t name = symbol<0>(id_slots);
+            id_slots = tables_.slots_from(tables_.first_slot_after(name));
+            ranks[i] = checked_rank(number_of(name));
         }
         return count;
     }
@@ -154,16 +166,16 @@ class NumberReader {
         while (left) {
             const int context =
                 count ? next_value_context(layout, codes[count - 1]) : kFirstValueContext;
-            const uint32_t most = std::min(last, left), below = number<1>(context);
+            const uint32_t most = std::min(last, left), below = value(tables_.slots(context));
             if (below == most && count == 0) return 0;
             if (below >= most) throw Corrupt("an entry without draws");
             if (count == ranks.size()) throw Corrupt("the rows have more entries than their block");
             codes[count] = most - below;
             if (count && codes[count] == last)
-                ranks[count] = rank(uint64_t(ranks[count - 1]) + 1 +
-                                    number<0>(id_context(ranks[count - 1])));
+                ranks[count] = checked_rank(uint64_t(ranks[count - 1]) + 1 +
+                                            id(id_context(ranks[count - 1])));
             else
-                ranks[count] = rank(number<0>(0));
+                ranks[count] = checked_rank(id(0));
             left -= codes[count];
             last = codes[count++];
         }

@@ -183,6 +183,11 @@ Tables::Tables(Bytes payload, const Layout& layout) : layout_(layout), grid_(lay
         first_slot_[context] = trained ? uint32_t(slots_.size()) : 0;
         if (trained) append_slots(slots_, models_[context]);
     }
+    for (uint32_t symbol = 0; symbol < kSymbols; ++symbol)
+        after_symbol_[symbol] = first_slot_[id_context(bucket_named(symbol).first)];
+    if (layout.draws) return;
+    for (uint32_t code = 0; code < grid_.size(); ++code)
+        after_code_.push_back({grid_.highest(code), first_slot_[next_value_context(layout, code)]});
 }
 
 std::vector<uint32_t> Tables::rank_of_id() const { return invert(id_of_rank_); }

@@ -34,7 +34,7 @@ struct CodedRows {
 };
 
 // Contexts of the models, one after another.
-inline constexpr int kIdContexts = 1 + kMaxNumberLog2, kCountContexts = 8;
+inline constexpr int kIdContexts = 2 + kMaxNumberLog2, kCountContexts = 8;
 inline constexpr int kFirstValueContexts = 8, kNextValueContexts = 48;
 inline constexpr int kCountContext = kIdContexts;
 inline constexpr int kFirstValueContext = kCountContext + kCountContexts;
@@ -45,8 +45,9 @@ inline int octave_context(uint32_t number, int contexts) {
     return std::min(bit_width(number), contexts - 1);
 }
 
-// Of the id after one of rank `rank` in its row (or its run of equal draws).
-inline int id_context(uint32_t rank) { return octave_context(rank + 1, kIdContexts); }
+// Of the id after one of rank `rank` in its row (or its run of equal draws); 0 is the first one's.
+// The octave of a number follows from its symbol, so a decoder needs no more to go on.
+inline int id_context(uint32_t rank) { return 1 + octave_context(rank, kIdContexts - 1); }
 
 inline int next_value_context(const Layout& layout, uint32_t code) {
     const uint32_t nat = layout.draws ? code : (code * kNextValueContexts) >> layout.value_bits;
@@ -66,6 +67,14 @@ class Tables {
     uint32_t id(uint32_t rank) const { return id_of_rank_[rank]; }
     const Model& model(int context) const { return models_[context]; }
     const uint32_t* slots(int context) const { return slots_.data() + first_slot_[context]; }
+
+    // Where a decoder goes on after a value's code, or after an id's symbol.
+    struct AfterCode {
+        uint32_t highest, first_slot;
+    };
+    const AfterCode& after_code(uint32_t code) const { return after_code_[code]; }
+    uint32_t first_slot_after(uint32_t symbol) const { return after_symbol_[symbol]; }
+    const uint32_t* slots_from(uint32_t first_slot) const { return slots_.data() + first_slot; }
     std::vector<uint32_t> rank_of_id() const;
     size_t bytes() const { return 4 * (id_of_rank_.size() + slots_.size()) + sizeof(*this); }
 
@@ -76,6 +85,8 @@ class Tables {
     std::vector<Model> models_;
     std::vector<uint32_t> slots_;
     std::array<uint32_t, kContexts> first_slot_;
+    std::array<uint32_t, kSymbols> after_symbol_;
+    std::vector<AfterCode> after_code_;
 };
 
 }  // namespace logit_codec
