@@ -46,6 +46,6 @@ def assert_rows_equal(found: TeacherRows, expected: TeacherRows, exact: bool = T
     for row, count in enumerate(expected.counts):
         np.testing.assert_array_equal(found.ids[row, :count], expected.ids[row, :count])
         np.testing.assert_allclose(
-            found.logprobs[row, :count], expected.logprobs[row, :count], atol=0 if exact else 0.05
+            found.logprobs[row, :count], expected.logprobs[row, :count], atol=0 if exact else 0.2
         )
         assert (found.ids[row, count:] == -1).all() and (found.logprobs[row, count:] == 0).all()
