@@ -28,6 +28,7 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from megatron_pd import gpu
 from megatron_pd.arguments import HelpFormatter
 from megatron_pd.data.windows import Batch
 from megatron_pd.megatron_hooks import skip_helpers_compilation
@@ -104,6 +105,7 @@ def load_model(add_arguments: Callable[[Any], Any]) -> ForwardOnlyModel:
     def extra_arguments(parser):
         parser.formatter_class = HelpFormatter
         cpu.set_cpu_defaults(parser)
+        gpu.set_gpu_defaults(parser)
         # A checkpoint says what the model is; no optimizer, no random state, no training is needed.
         parser.set_defaults(
             use_checkpoint_args=True,
@@ -142,6 +144,7 @@ def finish() -> None:
 
 def _refuse_early(args: Any) -> None:
     cpu.check_cpu_args(args)
+    gpu.check_gpu_args(args)
     if args.load is None or not os.path.isdir(args.load):
         raise UserError(
             f"--load {args.load}: there is no checkpoint folder of that name; give the one that "

@@ -35,6 +35,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_pd import gpu
 from megatron_pd.arguments import (
     PDConfig,
     add_pd_arguments,
@@ -92,6 +93,7 @@ def main() -> int:
 
 def _extra_arguments(parser):
     cpu.set_cpu_defaults(parser)
+    gpu.set_gpu_defaults(parser)
     # Megatron 0.19.2 divides by it even where --eval-iters 0 asks for no validation.
     parser.set_defaults(eval_interval=1000)
     return add_pd_arguments(parser)
@@ -100,6 +102,7 @@ def _extra_arguments(parser):
 def _refuse_early(args: Any) -> None:
     """What Megatron would refuse with an assertion, or not at all, is refused with a sentence."""
     cpu.check_cpu_args(args)
+    gpu.check_gpu_args(args)
     config = pd_config_from_args(args)
     unsupported = {
         "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
