@@ -70,9 +70,11 @@ class Library:
 
 def x86_flags(path: Path) -> tuple[str, ...]:
     """Instruction set of one CPU kernel file; the operator chooses between them at run time."""
+    avx512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
     return {
         "rows_avx2": ("-mavx2", "-mfma"),
-        "rows_avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "rows_avx512": avx512,
+        "rows_avx512_bf16": (*avx512, "-mavx512bf16"),
     }.get(path.stem, ())
 
 

@@ -19,6 +19,7 @@ could make them NaN, and nothing is clamped in a way that stops a gradient.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,12 +67,12 @@ class _Rows:
     labels: Tensor  # [T]
     label_log_q: Tensor  # [T], at τ_s = 1
 
-    @property
+    @functools.cached_property
     def log_mass(self) -> Tensor:
         """[T, 1], log a of the teacher's kept mass."""
         return _log_sum(self.log_t, self.mask)
 
-    @property
+    @functools.cached_property
     def log_tail(self) -> Tensor:
         """[T, 1], log(1 − a); −inf where the rest is no more than rounding."""
         tail = -torch.expm1(self.log_mass)

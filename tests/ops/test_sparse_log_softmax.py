@@ -22,7 +22,7 @@ def test_any_vocabulary_size(dtype: torch.dtype, columns: int) -> None:
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the CPU")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability: str) -> None:
     """The kernels of lesser CPUs; torch's own variable chooses them."""
     done = subprocess.run(

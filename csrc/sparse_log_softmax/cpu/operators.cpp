@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -23,11 +24,16 @@
 namespace megatron_pd {
 namespace {
 
-// torch's own choice of instruction set, so ATEN_CPU_CAPABILITY=default|avx2 limits both.
+// torch's own choice of instruction set, so ATEN_CPU_CAPABILITY=default|avx2|avx512 limits both.
 RowKernels best_row_kernels(LogitType type) {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) return row_kernels_avx512(type);
+  if (capability.rfind("AVX512", 0) == 0) {
+    // torch has no name for the BF16 instructions beyond AVX-512.
+    const bool limited = std::getenv("ATEN_CPU_CAPABILITY") != nullptr;
+    const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && !limited;
+    return has_bf16 ? row_kernels_avx512_bf16(type) : row_kernels_avx512(type);
+  }
   if (capability == "AVX2") return row_kernels_avx2(type);
 #endif
   return row_kernels_baseline(type);

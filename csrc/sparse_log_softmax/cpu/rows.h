@@ -25,6 +25,7 @@ RowKernels row_kernels_baseline(LogitType type);
 #if defined(__x86_64__)
 RowKernels row_kernels_avx2(LogitType type);
 RowKernels row_kernels_avx512(LogitType type);
+RowKernels row_kernels_avx512_bf16(LogitType type);
 #endif
 
 }  // namespace megatron_pd
