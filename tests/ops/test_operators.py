@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_pd import cpu
 from megatron_pd.ops import sparse_log_softmax
 from megatron_pd.ops.library import has_cuda_kernels, operators
 
@@ -130,6 +131,8 @@ def test_mistakes_are_named(arguments: dict, error: type[Exception], message: st
 def test_on_a_gpu_nothing_is_made_elsewhere() -> None:
     """The forward pass without its kernel, on fake CUDA tensors. A fake tensor has no values: to
     look at one, which would wait for the GPU, is an error."""
+    if cpu.is_cpu():
+        pytest.skip("an earlier test of this process has made CUDA mean the CPU")
     with FakeTensorMode():
         logits = torch.empty(4, 2, 30, device="cuda", dtype=torch.bfloat16)
         ids = torch.empty(4, 2, 3, device="cuda", dtype=torch.int32)

@@ -2,9 +2,11 @@
 
 The known bug of this field leaves the loss right and multiplies the gradient by the number of
 tensor-parallel ranks, or loses the share of the other ranks; so hidden states and output weight
-are compared, with and without chunks.
+are compared, with and without chunks, through Megatron's own output layer; and on Megatron's
+context-parallel slices.
 """
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_pd import cpu
 from megatron_pd.arguments import PDConfig
 from megatron_pd.losses import mix
 from megatron_pd.output_processor import (
@@ -29,49 +32,31 @@ from megatron_pd.output_processor import (
 from megatron_pd.targets import TeacherTargets, top_p_k
 
 RANKS = 4
-S, B, H, V, K = 12, 2, 16, 64, 7
+S, B, H, V, K = 16, 2, 16, 64, 7
 ALPHA = 0.7
 
 
-class Sum(torch.autograd.Function):
-    """Identity forward, sum over the ranks backward: the input of a column-parallel layer."""
+def column_parallel_layer(
+    weight: Tensor, group: dist.ProcessGroup, sequence_parallel: bool = False
+) -> Any:
+    """Megatron's output layer, without a weight of its own: `weight` is this rank's shard."""
+    cpu.install()
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import ColumnParallelLinear
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class Gather(torch.autograd.Function):
-    """Sequence parallelism: all ranks' positions forward, reduce-scatter backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
-
-
-def column_parallel_layer(group: dist.ProcessGroup, sequence_parallel: bool) -> Any:
-    enter = Gather if sequence_parallel else Sum
-
-    def output_layer(hidden: Tensor, weight: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return enter.apply(hidden, group) @ weight.T, None
-
-    return output_layer
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=group.size(),
+        sequence_parallel=sequence_parallel and group.size() > 1,
+    )
+    return ColumnParallelLinear(
+        weight.shape[1],
+        weight.shape[0] * group.size(),
+        config=config,
+        init_method=torch.nn.init.zeros_,
+        bias=False,
+        skip_weight_param_allocation=True,
+        tp_group=group,
+    )
 
 
 def random_case() -> tuple[Tensor, Tensor, Tensor, TeacherTargets]:
@@ -116,7 +101,7 @@ def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel:
     own_weight = weight[rows].clone().requires_grad_()
     losses = distillation_output_processor(
         hidden_states=own_hidden,
-        output_layer=column_parallel_layer(group, sequence_parallel),
+        output_layer=column_parallel_layer(own_weight, group, sequence_parallel),
         output_weight=own_weight,
         labels=labels,
         context=DistillationContext(
@@ -139,22 +124,89 @@ def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel:
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5)
 
 
+def check_context_parallel(
+    tp_group: dist.ProcessGroup, cp_group: dist.ProcessGroup, chunk_tokens: int | None
+) -> None:
+    """Megatron's slice of hidden states, labels and teacher rows (two pieces from opposite ends)
+    against the whole sequence without chunks."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    hidden, weight, labels, teacher = random_case()
+    positions = torch.arange(S).expand(B, S)
+    whole = {
+        "hidden": hidden.transpose(0, 1).contiguous(),
+        "labels": labels,
+        "ids": teacher.ids,
+        "logprobs": teacher.logprobs,
+        "counts": teacher.counts,
+        "positions": positions,
+    }
+
+    def run(batch: dict[str, Any], chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [2, B, S], gradients of the hidden states [B, S, H] and of the weight."""
+        own_hidden = batch["hidden"].clone().requires_grad_()
+        own_weight = weight.clone().requires_grad_()
+        rows = TeacherTargets(batch["ids"], batch["logprobs"], batch["counts"])
+        losses = distillation_output_processor(
+            hidden_states=own_hidden.transpose(0, 1),
+            output_layer=column_parallel_layer(own_weight, tp_group),
+            output_weight=own_weight,
+            labels=batch["labels"],
+            context=DistillationContext(PDConfig(loss_chunk_tokens=chunk), rows, tp_group, False),
+            scale_logits=lambda logits: logits,
+            runtime_gather_output=None,
+        )
+        losses.sum().backward()
+        return losses.detach(), own_hidden.grad, own_weight.grad
+
+    losses, hidden_grad, weight_grad = run(whole, None)
+    own = get_batch_on_this_cp_rank({**whole, "cu_seqlens": None}, False, cp_group)
+    own_losses, own_hidden_grad, own_weight_grad = run(own, chunk_tokens)
+    dist.all_reduce(own_weight_grad, group=cp_group)
+    taken = own["positions"][0]
+    assert len(taken) == S // cp_group.size()
+    torch.testing.assert_close(own_losses, losses[..., taken])
+    torch.testing.assert_close(own_hidden_grad, hidden_grad[:, taken], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own_weight_grad, weight_grad, rtol=1e-4, atol=2e-5)
+
+
 def run_rank(rank: int, folder: str, seed: int) -> None:
     torch.set_num_threads(1)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron wants it under tensor parallelism
+    cpu.install()
+    # Autograd runs Megatron's backward without the mode that makes "cuda" tensors on the CPU.
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    from megatron.core import parallel_state
+
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     failures = []
     for size in (1, 2, 4):
-        groups = [dist.new_group(list(range(i, i + size))) for i in range(0, RANKS, size)]
+        parallel_state.initialize_model_parallel(size)
+        group = parallel_state.get_tensor_model_parallel_group()
         for chunk_tokens in (None, 1, 10, 1000):
             for sequence_parallel in (False, True):
                 torch.manual_seed(seed)
                 try:
-                    check(groups[rank // size], chunk_tokens, sequence_parallel)
+                    check(group, chunk_tokens, sequence_parallel)
                 except AssertionError as error:
                     failures.append(
                         f"tp {size}, chunk {chunk_tokens}, sp {sequence_parallel}: {error}"
                     )
+        parallel_state.destroy_model_parallel()
+    for size in (2, 4):
+        parallel_state.initialize_model_parallel(context_parallel_size=size)
+        groups = (
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_context_parallel_group(),
+        )
+        for chunk_tokens in (None, 3):
+            torch.manual_seed(seed)
+            try:
+                check_context_parallel(*groups, chunk_tokens)
+            except AssertionError as error:
+                failures.append(f"cp {size}, chunk {chunk_tokens}: {error}")
+        parallel_state.destroy_model_parallel()
     torch.save(failures, f"{folder}/failures.{rank}")
     dist.destroy_process_group()
 
@@ -219,7 +271,7 @@ def test_chunks_bound_the_memory_of_the_logits(tmp_path: Path) -> None:
             with PeakMemory(columns, weight) as memory:
                 distillation_output_processor(
                     hidden_states=own,
-                    output_layer=column_parallel_layer(group, False),
+                    output_layer=column_parallel_layer(weight, group),
                     output_weight=weight,
                     labels=labels,
                     context=DistillationContext(
