@@ -294,7 +294,7 @@ void decode_exact(Bytes bytes, const Layout& layout, Span<int32_t> counts,
     if (bytes.size() != 4 * counts.size() + 7 * ids.size())
         throw Corrupt("an exact block has another size than its rows need");
     uint64_t entries = 0;
-    std::memcpy(counts.data(), bytes.data(), counts.size_bytes());
+    load_all(bytes, 0, counts);
     for (const int32_t count : counts) {
         if (count < 0) throw Corrupt("a negative count");
         entries += uint64_t(count);
@@ -306,7 +306,7 @@ void decode_exact(Bytes bytes, const Layout& layout, Span<int32_t> counts,
         if (uint32_t(id) >= layout.vocab_size) throw Corrupt("an id beyond the vocabulary");
         in += 3;
     }
-    std::memcpy(logprobs.data(), in, logprobs.size_bytes());
+    load_all(bytes, 4 * counts.size() + 3 * ids.size(), logprobs);
 }
 
 }  // namespace logit_codec

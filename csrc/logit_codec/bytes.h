@@ -41,6 +41,13 @@ T load(Bytes bytes, uint64_t offset) {
     return value;
 }
 
+// Fills `out` from bytes at an offset.
+template <class T>
+void load_all(Bytes bytes, uint64_t offset, Span<T> out) {
+    const Bytes source = part(bytes, offset, out.size_bytes());
+    if (!out.empty()) std::memcpy(out.data(), source.data(), source.size());
+}
+
 template <class T>
 void store(std::vector<uint8_t>& out, T value) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
@@ -97,7 +104,7 @@ class BitWriter {
 class Padded {
    public:
     explicit Padded(Bytes bytes) : bytes_(bytes.size() + 8), size_(bytes.size()) {
-        std::memcpy(bytes_.data(), bytes.data(), size_);
+        std::copy(bytes.begin(), bytes.end(), bytes_.begin());
     }
 
     size_t size() const { return size_; }

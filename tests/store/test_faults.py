@@ -25,13 +25,6 @@ VOCAB, DOCUMENTS = 101, 12
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def tmp_path(tmp_path) -> Iterator[Path]:
     """In memory where that can be had, for these tests sync thousands of times."""
     memory = Path("/dev/shm")

@@ -50,13 +50,6 @@ def write_store(
     return expected
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def test_random_access(tmp_path, rng):
     corpus = RandomCorpus(rng, 60, VOCAB)
     expected = write_store(tmp_path / "c.pd", rng, corpus, [0, 25, 25, 60])

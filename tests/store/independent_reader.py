@@ -1,0 +1,254 @@
+"""A reader of finished shards in plain Python, written from docs/store-format.md alone.
+
+It shares no code with the package, so that a store which both read alike is one that the page
+describes. It checks what it needs to get along and is slow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+
+Row = tuple[list[int], list[float], list[float]]
+"""ids, log-probabilities and columns (those present, in bit order)."""
+
+
+def read_store(path: Path) -> list[list[Row]]:
+    """The rows of every document of a finished store."""
+    body, _, crc = (path / "store.json").read_bytes().rpartition(b"\n#crc32 ")
+    assert int(crc, 16) == zlib.crc32(body)
+    manifest = json.loads(body)
+    assert manifest["version"] == 1
+    documents: list[list[Row]] = []
+    for shard in sorted(path.glob("*.shard")):
+        assert int(shard.name[:12]) == len(documents)
+        documents += read_shard(shard.read_bytes())
+    assert len(documents) == manifest["documents"]
+    return documents
+
+
+def read_shard(data: bytes) -> list[list[Row]]:
+    assert data[:8] == b"PDLOGITS" and zlib.crc32(data[:60]) == u32(data, 60)
+    documents, rows = struct.unpack_from("<QQ", data, 32)
+    vocab_size, draws, value_bits, bound = struct.unpack_from("<IIBB", data, 48)
+    footer = data[-64:]
+    assert footer[:8] == b"PDLOGEND" and zlib.crc32(footer[:60]) == u32(footer, 60)
+    file_bytes, index_at, index_bytes, blocks, _ = struct.unpack_from("<QQQQQ", footer, 8)
+    assert file_bytes == len(data)
+    index = data[index_at : index_at + index_bytes]
+    for page in range(0, index_bytes, 4096):
+        crc = u32(data, index_at + index_bytes + page // 1024)
+        assert zlib.crc32(index[page : page + 4096]) == crc
+    words = struct.unpack(f"<{index_bytes // 8}Q", index)
+    starts = words[: documents + 1]
+    places = words[documents + 1 + (documents if bound else 0) :]
+    assert len(places) == 2 * blocks
+    all_rows: list[Row] = []
+    for first_row, offset in zip(places[::2], places[1::2], strict=True):
+        assert first_row == len(all_rows)
+        all_rows += read_block(data, offset, vocab_size, draws, value_bits)
+    assert len(all_rows) == rows
+    return [all_rows[a:b] for a, b in itertools.pairwise(starts)]
+
+
+def u32(data: bytes, at: int) -> int:
+    return struct.unpack_from("<I", data, at)[0]
+
+
+def frame(data: bytes, offset: int) -> tuple[tuple, bytes]:
+    """Type, codec, columns, rows, first row, tables' offset, entries, digests; and the payload."""
+    header = data[offset : offset + 48]
+    assert header[:4] == b"PDBK" and zlib.crc32(header[:44]) == u32(header, 44)
+    kind, codec, columns, rows, size, row, tables, entries, _, digests, crc = struct.unpack(
+        "<BBBxIIQQIHHI", header[4:44]
+    )
+    payload = data[offset + 48 : offset + 48 + size]
+    assert zlib.crc32(payload) == crc
+    return (kind, codec, columns, rows, row, tables, entries, digests), payload
+
+
+def read_block(data: bytes, offset: int, vocab_size: int, draws: int, bits: int) -> list[Row]:
+    header, payload = frame(data, offset)
+    kind, codec, columns, rows, _, tables, entries, digests = header
+    assert kind == 2
+    at, present = 8 * digests, columns.bit_count()
+    form, size = ("f", 4) if codec == 0 else ("e", 2)
+    values = struct.unpack_from(f"<{present * rows}{form}", payload, at)
+    stream = payload[at + present * rows * size :]
+    decoded = (
+        exact(stream, rows) if codec == 0 else compact(stream, rows, data, tables, draws, bits)
+    )
+    assert sum(len(ids) for ids, _ in decoded) == entries
+    return [(*row, list(values[i::rows])) for i, row in enumerate(decoded)]
+
+
+def exact(stream: bytes, rows: int) -> list[tuple[list[int], list[float]]]:
+    counts = struct.unpack_from(f"<{rows}i", stream)
+    entries, out, at = sum(counts), [], 0
+    ids_at, values_at = 4 * rows, 4 * rows + 3 * entries
+    for count in counts:
+        ids = [
+            int.from_bytes(stream[ids_at + 3 * i : ids_at + 3 * i + 3], "little")
+            for i in range(at, at + count)
+        ]
+        out.append((ids, list(struct.unpack_from(f"<{count}f", stream, values_at + 4 * at))))
+        at += count
+    return out
+
+
+class Tables:
+    def __init__(self, payload: bytes) -> None:
+        vocab_size, seen, models_bytes = struct.unpack_from("<III", payload)
+        at, self.models = 12, []
+        for _ in range(90):
+            frequency = [0] * 256
+            symbols = payload[at]
+            for i in range(symbols):
+                symbol, count = struct.unpack_from("<BH", payload, at + 1 + 3 * i)
+                frequency[symbol] = count
+            at += 1 + 3 * symbols
+            slots = [s for s in range(256) for _ in range(frequency[s])]
+            assert len(slots) == 2048
+            starts = [sum(frequency[:s]) for s in range(256)]
+            self.models.append((slots, starts, frequency))
+        assert at == 12 + models_bytes
+        bits = Bits(payload[at:])
+        self.id_of_rank: list[int] = []
+        for first, last in rank_ranges(seen):
+            mean = vocab_size * 177 // 256 // (last - first)
+            low_bits = mean.bit_length() - 1 if mean else 0
+            following = 0
+            for _ in range(first, last):
+                high = 0
+                while not bits.get(1):
+                    high += 1
+                following += (high << low_bits) + bits.get(low_bits)
+                self.id_of_rank.append(following)
+                following += 1
+        bits.finish()
+        known = set(self.id_of_rank)
+        self.id_of_rank += [id_ for id_ in range(vocab_size) if id_ not in known]
+
+
+def first_of(symbol: int) -> tuple[int, int]:
+    """Smallest number of a symbol, and its raw bits."""
+    if symbol < 64:
+        return symbol, 0
+    raw = 3 + (symbol - 64) // 8
+    return (8 + (symbol - 64) % 8) << raw, raw
+
+
+def rank_ranges(seen: int):
+    symbol = 0
+    while first_of(symbol)[0] < seen:
+        yield first_of(symbol)[0], min(first_of(symbol + 1)[0], seen)
+        symbol += 1
+
+
+class Bits:
+    def __init__(self, data: bytes) -> None:
+        self.number, self.length, self.at = int.from_bytes(data, "little"), 8 * len(data), 0
+
+    def get(self, bits: int) -> int:
+        self.at += bits
+        return self.number >> (self.at - bits) & ((1 << bits) - 1)
+
+    def finish(self) -> None:
+        assert self.length - 8 < self.at <= self.length or self.at == self.length == 0
+        assert self.number >> self.at == 0
+
+
+class Numbers:
+    """The numbers of a block, one after another."""
+
+    def __init__(self, stream: bytes, tables: Tables) -> None:
+        size = u32(stream, 0)
+        self.states = list(struct.unpack_from("<II", stream, 4))
+        self.words = list(struct.unpack_from(f"<{(size - 8) // 2}H", stream, 12))[::-1]
+        self.bits, self.tables = Bits(stream[4 + size :]), tables
+
+    def get(self, state: int, context: int) -> int:
+        slots, starts, frequency = self.tables.models[context]
+        x = self.states[state]
+        symbol = slots[x % 2048]
+        x = frequency[symbol] * (x // 2048) + x % 2048 - starts[symbol]
+        if x < 65536:
+            x = 65536 * x + self.words.pop()
+        self.states[state] = x
+        if symbol == 255:
+            symbol = self.bits.get(8)
+        first, raw = first_of(symbol)
+        return first + self.bits.get(raw)
+
+    def finish(self) -> None:
+        assert self.states == [65536, 65536] and not self.words
+        self.bits.finish()
+
+
+def compact(
+    stream: bytes, rows: int, data: bytes, tables_at: int, draws: int, value_bits: int
+) -> list[tuple[list[int], list[float]]]:
+    header, payload = frame(data, tables_at)
+    assert header[0] == 1
+    numbers, out, count = Numbers(stream, Tables(payload)), [], 0
+    for _ in range(rows):
+        if draws:
+            ranks, logprobs = sampled_row(numbers, draws)
+        else:
+            ranks, logprobs = top_row(numbers, count, value_bits)
+        count = len(ranks)
+        out.append(([numbers.tables.id_of_rank[rank] for rank in ranks], logprobs))
+    numbers.finish()
+    return out
+
+
+def top_row(numbers: Numbers, count_before: int, value_bits: int) -> tuple[list[int], list[float]]:
+    size = 1 << value_bits
+    step = 48 / size
+    count = numbers.get(1, 26 + min(count_before.bit_length(), 7))
+    ranks: list[int] = []
+    logprobs, log_left, code = [], 0.0, 0
+    for i in range(count):
+        if i == 0:
+            code = size - 1 - numbers.get(1, 34 + min(count.bit_length(), 7))
+            ranks.append(numbers.get(0, 0))
+        else:
+            code = highest(code, value_bits) - numbers.get(1, 42 + min(code * 48 // size, 47))
+            ranks.append(numbers.get(0, 1 + min(ranks[-1].bit_length(), 24)))
+        odds = code * step - 30
+        logprobs.append(log_left - math.log1p(math.exp(-odds)))
+        log_left -= math.log1p(math.exp(odds))
+    return ranks, sorted(logprobs, reverse=True)
+
+
+def highest(code: int, value_bits: int) -> int:
+    size = 1 << value_bits
+    step = 48 / size
+    odds = code * step - 30 + step / 2
+    if odds >= 0:
+        return size - 1
+    return min(size - 1, math.ceil((odds - math.log(-math.expm1(odds)) + 30) / step))
+
+
+def sampled_row(numbers: Numbers, draws: int) -> tuple[list[int], list[float]]:
+    left = last = draws
+    ranks: list[int] = []
+    logprobs: list[float] = []
+    times = 0
+    while left:
+        context = 42 + min(times, 47) if ranks else 34
+        times = min(last, left) - numbers.get(1, context)
+        if not ranks and times == 0:
+            break
+        if ranks and times == last:
+            following = numbers.get(0, 1 + min(ranks[-1].bit_length(), 24))
+            ranks.append(ranks[-1] + 1 + following)
+        else:
+            ranks.append(numbers.get(0, 0))
+        logprobs.append(math.log(times / draws))
+        left, last = left - times, times
+    return ranks, logprobs

@@ -1,0 +1,162 @@
+"""What the codec stores is what the format's page says, for any rows that a store can hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from independent_reader import read_store
+
+from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store.verify import verify_store
+
+
+def top_rows(rng: np.random.Generator, n: int, vocab_size: int, width: int) -> TeacherRows:
+    """Rows from flat to so peaked that float32 has no more room, the last one empty."""
+    rows = TeacherRows.empty(n, width)
+    for row in range(n - 1):
+        count = int(rng.integers(0, min(width, vocab_size) + 1))
+        logits = rng.normal(0, 10 ** rng.uniform(-2, 1.5), vocab_size + 1)
+        if rng.random() < 0.1:
+            logits[:] = 0  # ties
+        logprobs = (logits - np.logaddexp.reduce(logits))[:vocab_size]
+        best = np.argsort(-logprobs, kind="stable")[:count]
+        rows.ids[row, :count] = rng.permutation(vocab_size)[:count]
+        rows.logprobs[row, :count] = np.maximum(logprobs[best], -200)
+        rows.counts[row] = count
+    return rows
+
+
+def sampled_rows(rng: np.random.Generator, n: int, vocab_size: int, draws: int) -> TeacherRows:
+    rows = TeacherRows.empty(n, draws)
+    for row in range(n - 1):
+        if rng.random() < 0.1:
+            continue
+        weights = rng.dirichlet(np.full(vocab_size, 10 ** rng.uniform(-3, 1)))
+        times = rng.multinomial(draws, weights)
+        ids = np.argsort(-times, kind="stable")[: np.count_nonzero(times)]
+        rows.ids[row, : len(ids)] = ids
+        rows.logprobs[row, : len(ids)] = np.log(times[ids] / draws)
+        rows.counts[row] = len(ids)
+    return rows
+
+
+def bits_of(values: np.ndarray) -> np.ndarray:
+    """float32 as whole numbers that count steps between neighbours."""
+    return np.asarray(values, np.float32).view(np.int32).astype(np.int64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.sampled_from([1, 2, 63, 64, 65, 1000, 70_000]),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    codec=st.sampled_from(["exact", "compact", "compact", "compact"]),
+    value_bits=st.integers(8, 14),
+    draws=st.sampled_from([0, 0, 1, 7, 50]),
+    columns=st.sets(st.sampled_from(["label_logprob", "entropy", "std"])),
+)
+def test_an_independent_reader_finds_the_rows(
+    seed, vocab_size, lengths, codec, value_bits, draws, columns
+):
+    rng = np.random.default_rng(seed)
+    given_rows = []
+    for n in lengths:
+        rows = (
+            sampled_rows(rng, n, vocab_size, draws) if draws else top_rows(rng, n, vocab_size, 20)
+        )
+        extra = {name: rng.normal(size=n).astype(np.float16).astype(np.float32) for name in columns}
+        given_rows.append(TeacherRows(rows.ids, rows.logprobs, rows.counts, extra))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        kind = "sampled" if draws else "top"
+        with LogitStoreWriter(
+            path,
+            vocab_size=vocab_size,
+            document_lengths=np.array(lengths),
+            metadata={},
+            codec=codec,
+            value_bits=value_bits,
+            kind=kind,
+            draws=draws,
+        ) as writer:
+            for document in rng.permutation(len(lengths)).tolist():
+                writer.append(document, 0, given_rows[document])
+                if rng.random() < 0.3:
+                    writer.flush()
+        assert verify_store(path) == []
+        store, independent = LogitStore(path), read_store(path)
+        for document, rows in enumerate(given_rows):
+            check_document(store.read(document), independent[document], rows, codec, value_bits)
+
+
+def check_document(found, independent, rows: TeacherRows, codec: str, value_bits: int) -> None:
+    np.testing.assert_array_equal(found.counts, rows.counts)
+    names = [name for name in ("label_logprob", "entropy", "std") if name in rows.columns]
+    for row, (ids, logprobs, columns) in enumerate(independent):
+        count = int(rows.counts[row])
+        here = (found.ids[row, :count], found.logprobs[row, :count])
+        np.testing.assert_array_equal(ids, here[0])
+        # The last bit is the mathematical library's.
+        assert np.abs(bits_of(np.array(logprobs)) - bits_of(here[1])).max(initial=0) <= 1
+        assert columns == [float(rows.columns[name][row]) for name in names]
+        assert columns == [float(found.columns[name][row]) for name in names]
+        check_row(here, (rows.ids[row, :count], rows.logprobs[row, :count]), codec, value_bits)
+
+
+def check_row(found, given_row, codec: str, value_bits: int) -> None:
+    """The same ids in the same order but for ties, and a distribution as near as is promised."""
+    ids, logprobs = (np.asarray(part) for part in given_row)
+    assert set(found[0].tolist()) == set(ids.tolist())
+    assert (np.diff(found[1]) <= 0).all()
+    if codec == "exact":
+        np.testing.assert_array_equal(found[0], ids)
+        np.testing.assert_array_equal(found[1], logprobs)
+        return
+    order = {id_: place for place, id_ in enumerate(found[0].tolist())}
+    log_q = found[1].astype(np.float64)[[order[id_] for id_ in ids.tolist()]]
+    log_p = logprobs.astype(np.float64)
+    p, q = np.exp(log_p), np.exp(log_q)
+    tail_p, tail_q = max(1 - p.sum(), 0.0), max(1 - q.sum(), 1e-9)
+    kl = (p * (log_p - log_q)).sum() + (tail_p * np.log(tail_p / tail_q) if tail_p > 1e-7 else 0)
+    assert q.sum() <= 1 + 1e-6
+    assert kl <= (48 / 2**value_bits) ** 2 / 8 + 2e-6
+
+
+def test_widest_vocabulary(tmp_path, rng):
+    """Ids of 24 bits, in both codecs."""
+    vocab_size = 1 << 24
+    rows = top_rows(rng, 20, 1000, 8)
+    rows.ids[rows.ids >= 0] += vocab_size - 1000
+    for codec in ("exact", "compact"):
+        path = tmp_path / codec
+        lengths = np.array([len(rows)])
+        with LogitStoreWriter(
+            path, vocab_size=vocab_size, document_lengths=lengths, metadata={}, codec=codec
+        ) as writer:
+            writer.append(0, 0, rows)
+        found = LogitStore(path).read(0)
+        np.testing.assert_array_equal(found.ids, rows.ids[:, : found.ids.shape[1]])
+
+
+def test_hostile_bytes_under_sanitizers(tmp_path):
+    """100,000 mutated tables, blocks and shards: errors, never a crash or an id out of range."""
+    here = Path(__file__).parent
+    codec = here.parents[1] / "csrc" / "logit_codec"
+    program = tmp_path / "fuzz_codec"
+    sources = [here / "fuzz_codec.cpp", *(codec / f"{n}.cpp" for n in ("block", "tables", "shard"))]
+    sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *sanitize, f"-I{codec}")
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
+    seed = str(np.random.SeedSequence().entropy % 2**64)  # type: ignore[operator]
+    print("seed", seed)
+    done = subprocess.run([program, "100000", seed], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    refused = int(done.stdout.split()[0])
+    assert 50_000 < refused < 100_000  # most mutations show, some don't change what is read
