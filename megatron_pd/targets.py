@@ -21,7 +21,14 @@ from torch import Tensor
 
 from megatron_pd.errors import UserError
 
-__all__ = ["TeacherTargets", "check_truncation", "sample", "top_p_k", "truncate"]
+__all__ = [
+    "TeacherTargets",
+    "check_truncation",
+    "rows_of_draws",
+    "sample",
+    "top_p_k",
+    "truncate",
+]
 
 
 @dataclass(frozen=True)
@@ -133,10 +140,6 @@ def truncate(
 def sample(logits: Tensor, draws: int, generator: torch.Generator | None = None) -> TeacherTargets:
     """Rows of random sampling (RS-KD, arXiv 2503.16870): `draws` tokens drawn with replacement.
 
-    An entry's log-probability is that of its share of the draws, log(count / draws), so a row sums
-    to 1 and E[share] is the teacher's probability: the only kind of row whose expected gradient is
-    the dense one, and the one kind that no temperature or truncation may touch afterwards.
-
     Args:
         logits: floating [..., V].
         draws: N ≥ 1; a row has at most N entries.
@@ -144,15 +147,36 @@ def sample(logits: Tensor, draws: int, generator: torch.Generator | None = None)
     """
     if draws < 1:
         raise ValueError(f"The number of draws a token is {draws}; it must be 1 or more.")
-    probs = torch.softmax(logits.float(), dim=-1)
-    flat = probs.reshape(-1, probs.shape[-1])
-    drawn = torch.multinomial(flat, draws, replacement=True, generator=generator)
-    shares = torch.zeros_like(flat).scatter_add_(
-        1, drawn, torch.full_like(drawn, 1, dtype=flat.dtype)
+    probs_TV = torch.softmax(logits.float(), dim=-1).reshape(-1, logits.shape[-1])
+    drawn_TN = torch.multinomial(probs_TV, draws, replacement=True, generator=generator)
+    return rows_of_draws(drawn_TN.reshape(*logits.shape[:-1], draws))
+
+
+def rows_of_draws(drawn_TN: Tensor) -> TeacherTargets:
+    """The row of N drawn ids: each different one with the log of its share of the draws.
+
+    log(count / N) sums to 1, and the expected share is the teacher's probability: the only kind of
+    row whose expected gradient is the dense one, and the one kind that no temperature or truncation
+    may touch afterwards.
+
+    Args:
+        drawn_TN: int [..., N] ids, with repetition.
+
+    Returns:
+        Rows of N columns, the ids that were drawn most first.
+    """
+    ids_TN = drawn_TN.sort(dim=-1).values
+    is_first_TN = torch.ones_like(ids_TN, dtype=torch.bool)
+    is_first_TN[..., 1:] = ids_TN[..., 1:] != ids_TN[..., :-1]
+    run_TN = is_first_TN.cumsum(-1) - 1
+    times_TN = torch.zeros_like(ids_TN).scatter_add_(-1, run_TN, torch.ones_like(ids_TN))
+    unique_TN = torch.zeros_like(ids_TN).scatter_(-1, run_TN, ids_TN)
+    times_TN, order_TN = times_TN.sort(dim=-1, descending=True, stable=True)
+    return _pad(
+        unique_TN.gather(-1, order_TN),
+        (times_TN / drawn_TN.shape[-1]).log(),
+        is_first_TN.sum(-1),
     )
-    shares_TK, ids_TK = shares.topk(min(draws, flat.shape[-1]), dim=-1)
-    rows = _pad(ids_TK, (shares_TK / draws).log(), (shares_TK > 0).sum(-1))
-    return rows.map(lambda x: x.reshape(*logits.shape[:-1], *x.shape[1:]))
 
 
 def _nucleus_counts(logprobs_TK: Tensor, top_p: float | None) -> Tensor:

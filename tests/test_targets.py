@@ -116,7 +116,7 @@ def test_sampled_rows_are_shares_of_the_draws_and_unbiased():
     logits_V = torch.randn(11, generator=generator) * 2
     draws, rows_count = 12, 4000
     rows = sample(logits_V.expand(2, rows_count // 2, -1), draws, generator)
-    assert rows.ids.shape == (2, rows_count // 2, 11)
+    assert rows.ids.shape == (2, rows_count // 2, draws)
     rows = rows.map(lambda x: x.flatten(0, 1))
     counts = torch.where(rows.mask, rows.logprobs.exp() * draws, 0.0)
     assert torch.allclose(counts, counts.round(), atol=1e-5)

@@ -5,19 +5,24 @@ Axes: T tokens, V this rank's vocabulary, K columns of a row.
 The log-sum-exp over the full vocabulary comes from `sparse_log_softmax`, which also gives the
 label's log-probability. Each rank then proposes its own top k, the proposals are gathered, and the
 top k of those are the row: two small collectives beside one read of the logits and one top-k.
+
+A row of random draws inverts the cumulative distribution instead: each rank has the interval of
+[0, 1) that its share of the vocabulary takes, and finds the draws that fall into it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_pd.ops import sparse_log_softmax
-from megatron_pd.targets import TeacherTargets, truncate
+from megatron_pd.targets import TeacherTargets, rows_of_draws, truncate
 
 __all__ = ["CapturedRows", "capture_rows"]
 
-# Logits are turned to float32 for so many tokens at a time: at most 150 MB at V = 150k.
+# Logits are turned to float32 for so many tokens at a time: at most 150 MB at V = 150k, and twice
+# that for the cumulative distribution that draws need.
 _CHUNK_TOKENS = 256
 
 
@@ -30,34 +35,43 @@ def capture_rows(
     logits: Tensor,
     labels: Tensor,
     *,
-    top_p: float,
-    top_k: int,
+    top_p: float = 1.0,
+    top_k: int = 1,
+    uniforms: Tensor | None = None,
     vocab_size: int,
     tp_group: torch.distributed.ProcessGroup,
     statistics: bool = False,
 ) -> CapturedRows:
-    """The top-p, then top-k rows of the teacher (Eq. 4's Truncate) on every TP rank.
+    """The teacher's rows on every TP rank: top-p, then top-k (Eq. 4's Truncate), or random draws.
 
     Args:
         logits: [..., V] of this rank's vocabulary shard, any floating dtype.
         labels: int [...], the true next tokens.
+        uniforms: float64 [..., N] in [0, 1), the same on all ranks: a row is then the N draws that
+            they make, as `targets.rows_of_draws` gives them, whatever top_p and top_k.
         vocab_size: true vocabulary size; padded columns beyond it can be no candidates.
         statistics: also the entropy and the standard deviation of the full distribution's logits.
     """
     leading = logits.shape[:-1]
     flat_TV, labels_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    parts = [
-        _capture(
-            flat_TV[start : start + _CHUNK_TOKENS].float(),
-            labels_T[start : start + _CHUNK_TOKENS],
-            top_p,
-            top_k,
-            vocab_size,
-            tp_group,
-            statistics,
+    uniforms_TN = None if uniforms is None else uniforms.reshape(-1, uniforms.shape[-1])
+    parts = []
+    for start in range(0, len(flat_TV), _CHUNK_TOKENS):
+        chunk = slice(start, start + _CHUNK_TOKENS)
+        logits_TV = flat_TV[chunk].float()
+        label_logq_T1, lse_T = sparse_log_softmax(
+            logits_TV, labels_T[chunk].unsqueeze(-1), tp_group=tp_group, vocab_size=vocab_size
         )
-        for start in range(0, len(flat_TV), _CHUNK_TOKENS)
-    ]
+        first = tp_group.rank() * logits_TV.shape[1]
+        own_TV = logits_TV[:, : max(0, vocab_size - first)]
+        if uniforms_TN is None:
+            rows = _nuclei(own_TV, lse_T, first, top_p, top_k, tp_group)
+        else:
+            rows = rows_of_draws(_draw(own_TV, lse_T, first, uniforms_TN[chunk], tp_group))
+        if statistics:
+            entropy_T, std_T = _statistics(own_TV, lse_T, vocab_size, tp_group)
+            rows = replace(rows, entropy=entropy_T, std=std_T)
+        parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1)))
 
     def join(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors).reshape(*leading, *tensors[0].shape[1:])
@@ -77,33 +91,22 @@ def capture_rows(
     )
 
 
-def _capture(
-    logits_TV: Tensor,
-    labels_T: Tensor,
+def _nuclei(
+    own_TV: Tensor,
+    lse_T: Tensor,
+    first: int,
     top_p: float,
     top_k: int,
-    vocab_size: int,
     tp_group: torch.distributed.ProcessGroup,
-    statistics: bool,
-) -> CapturedRows:
-    label_logq_T1, lse_T = sparse_log_softmax(
-        logits_TV, labels_T.unsqueeze(-1), tp_group=tp_group, vocab_size=vocab_size
-    )
-    first = tp_group.rank() * logits_TV.shape[1]
-    own_TV = logits_TV[:, : max(0, vocab_size - first)]
+) -> TeacherTargets:
     values_TK, ids_TK = _gathered_top_k(own_TV, first, top_k, tp_group)
     found_TK = ids_TK >= 0
-    entropy_T, std_T = (
-        _statistics(own_TV, lse_T, vocab_size, tp_group) if statistics else (None, None)
-    )
     candidates = TeacherTargets(
         ids_TK,
         torch.where(found_TK, values_TK - lse_T.unsqueeze(-1), 0.0),
         found_TK.sum(-1).int(),
-        entropy_T,
-        std_T,
     )
-    return CapturedRows(truncate(candidates, top_p=top_p), label_logq_T1.squeeze(-1))
+    return truncate(candidates, top_p=top_p)
 
 
 def _gathered_top_k(
@@ -124,6 +127,39 @@ def _gathered_top_k(
         values_TK, order = gathered[0].topk(top_k, dim=-1)
         ids_TK = gathered[1].gather(-1, order)
     return values_TK, ids_TK.masked_fill(values_TK == -torch.inf, -1)
+
+
+def _draw(
+    own_TV: Tensor,
+    lse_T: Tensor,
+    first: int,
+    uniforms_TN: Tensor,
+    tp_group: torch.distributed.ProcessGroup,
+) -> Tensor:
+    """Global ids int64 [T, N], drawn from the full distribution.
+
+    float64 sums: in float32 the cumulative probability of 150k tokens ends in steps of 6e-8, and
+    the tail, which is what draws are for, would be drawn at a wrong rate.
+    """
+    cumulative_TV = (own_TV - lse_T.unsqueeze(-1)).exp().cumsum(-1, dtype=torch.float64)
+    tokens, columns = cumulative_TV.shape
+    own_mass_T = cumulative_TV[:, -1] if columns else cumulative_TV.new_zeros(tokens)
+    masses_RT = [torch.empty_like(own_mass_T) for _ in range(tp_group.size())]
+    torch.distributed.all_gather(masses_RT, own_mass_T.contiguous(), group=tp_group)
+    ends_TR = torch.stack(masses_RT, dim=-1).cumsum(-1)
+    total_T1 = ends_TR[:, -1:]
+    below_total_T1 = torch.nextafter(total_T1, torch.zeros_like(total_T1))
+    points_TN = torch.minimum(uniforms_TN * total_T1, below_total_T1)
+    # The first rank, then the first token, whose interval ends beyond the point.
+    rank_TN = torch.searchsorted(ends_TR, points_TN, right=True)
+    ids_TN = torch.full_like(rank_TN, -1)
+    if columns:
+        offset_T1 = ends_TR[:, tp_group.rank(), None] - own_mass_T.unsqueeze(-1)
+        local_TN = torch.searchsorted(cumulative_TV, points_TN - offset_T1, right=True)
+        is_own_TN = rank_TN == tp_group.rank()
+        ids_TN = torch.where(is_own_TN, local_TN.clamp(max=columns - 1) + first, ids_TN)
+    torch.distributed.all_reduce(ids_TN, op=torch.distributed.ReduceOp.MAX, group=tp_group)
+    return ids_TN
 
 
 def _statistics(

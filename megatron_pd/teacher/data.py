@@ -50,6 +50,7 @@ def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
         corpus = MegatronCorpus(prefix)
         store = _open_store(prefix, path)
         _check_tokenizer(store, path, tokenizer)
+        _check_kind(store, path, config)
         _check_statistic(store, path, config)
         if int(os.environ.get("RANK", "0")) == 0:
             store.check_corpus(corpus)
@@ -94,6 +95,21 @@ def _check_tokenizer(store: LogitStore, path: str, tokenizer: Any) -> None:
         raise UserError(
             f"{path} was dumped with another tokenizer (fingerprint {expected}, this run's is "
             f"{found}): give the --tokenizer-model that the teacher used."
+        )
+
+
+def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
+    if config.tail == "sampled" and not store.draws:
+        raise UserError(
+            f"{path} holds the teacher's likeliest tokens, and --pd-tail sampled reads random "
+            "draws: dump a store of draws with `megatron-pd dump --dump-sampled 50`, or choose "
+            "another --pd-tail."
+        )
+    if config.tail != "sampled" and store.draws:
+        raise UserError(
+            f"{path} holds {store.draws} random draws for each token, which --pd-tail "
+            f"{config.tail} would take for the head of the distribution: give --pd-tail sampled "
+            "and no temperature or truncation, or a store that was dumped without --dump-sampled."
         )
 
 

@@ -9,10 +9,12 @@ goes on after the last one, on any number of replicas.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ from megatron_pd.teacher.data import training_prefixes
 __all__ = ["dump", "main", "shards_of"]
 
 _GROUP_TOKENS = 1 << 16
+_TOP_P, _TOP_K = 0.95, 50  # PD*, arXiv 2410.16215, appendix A.6
 
 
 def main() -> int:
@@ -59,10 +62,24 @@ def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--dump-top-p",
         type=float,
-        default=0.95,
-        help="Keep the smallest set of tokens with this full-vocabulary mass, in (0, 1].",
+        default=None,
+        help="Keep the smallest set of tokens with this full-vocabulary mass, in (0, 1]. "
+        f"Default: {_TOP_P}.",
     )
-    group.add_argument("--dump-top-k", type=int, default=50, help="Then the k likeliest of it.")
+    group.add_argument(
+        "--dump-top-k",
+        type=int,
+        default=None,
+        help=f"Then the k likeliest of it. Default: {_TOP_K}.",
+    )
+    group.add_argument(
+        "--dump-sampled",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Store N random draws from every full distribution, seeded by --seed, instead of its "
+        "likeliest tokens: the rows that --pd-tail sampled reads (arXiv 2503.16870 draws 50).",
+    )
     group.add_argument(
         "--dump-overlap",
         type=int,
@@ -101,7 +118,7 @@ def dump(model: ForwardOnlyModel, prefix: str) -> None:
         UserError: flags out of range, or tokens that the tokenizer doesn't have.
     """
     args = model.args
-    check_truncation(args.dump_top_p, args.dump_top_k, "--dump-top-p", "--dump-top-k")
+    _check_rows_asked_for(args)
     overlap = args.seq_length // 4 if args.dump_overlap is None else args.dump_overlap
     if not 0 <= overlap < args.seq_length:
         raise UserError(
@@ -123,6 +140,19 @@ def dump(model: ForwardOnlyModel, prefix: str) -> None:
     with progress:
         for documents in shards:
             _dump_shard(model, corpus, path, documents, overlap, progress)
+
+
+def _check_rows_asked_for(args: argparse.Namespace) -> None:
+    check_truncation(args.dump_top_p, args.dump_top_k, "--dump-top-p", "--dump-top-k")
+    if args.dump_sampled is None:
+        return
+    if args.dump_sampled < 1:
+        raise UserError(f"--dump-sampled is {args.dump_sampled}; a row needs 1 draw or more.")
+    if args.dump_top_p is not None or args.dump_top_k is not None:
+        raise UserError(
+            "--dump-sampled draws from the full distribution, which --dump-top-p and --dump-top-k "
+            "would cut: leave them out, or dump a second store with another --dump-store."
+        )
 
 
 def shards_of(document_lengths: np.ndarray) -> list[range]:
@@ -178,6 +208,7 @@ def _open_writer(
     model: ForwardOnlyModel, corpus: MegatronCorpus, path: str, documents: range
 ) -> LogitStoreWriter:
     args = model.args
+    sampled = args.dump_sampled is not None
     return LogitStoreWriter(
         path,
         vocab_size=model.tokenizer.vocab_size,
@@ -186,15 +217,23 @@ def _open_writer(
             "teacher": os.path.abspath(args.load),
             "iteration": args.iteration,
             "tokenizer": tokenizer_fingerprint(model.tokenizer),
-            "top_p": args.dump_top_p,
-            "top_k": args.dump_top_k,
+            **({"seed": args.seed} if sampled else _truncation(args)),
             "sequence_length": args.seq_length,
         },
+        kind="sampled" if sampled else "top",
+        draws=args.dump_sampled or 0,
         codec=args.dump_codec,
         value_bits=args.dump_value_bits,
         corpus=corpus,
         documents=documents,
     )
+
+
+def _truncation(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "top_p": _TOP_P if args.dump_top_p is None else args.dump_top_p,
+        "top_k": _TOP_K if args.dump_top_k is None else args.dump_top_k,
+    }
 
 
 def _agree_on_written(
@@ -227,12 +266,13 @@ def _rows_of(
     args = model.args
     rows: dict[int, list[tuple[int, TeacherRows]]] = {}
 
-    def capture(logits: torch.Tensor, labels: torch.Tensor) -> CapturedRows:
+    def capture(
+        logits: torch.Tensor, labels: torch.Tensor, selection: dict[str, Any]
+    ) -> CapturedRows:
         return capture_rows(
             logits,
             labels,
-            top_p=args.dump_top_p,
-            top_k=args.dump_top_k,
+            **selection,
             vocab_size=model.tokenizer.vocab_size,
             tp_group=model.tp_group,
             statistics=args.dump_statistics,
@@ -245,11 +285,25 @@ def _rows_of(
         sequence_length=args.seq_length,
         length_multiple=args.tensor_model_parallel_size,
     ):
-        captured = model.run(batch, capture)
+        selection = _truncation(args)
+        if args.dump_sampled is not None:
+            uniforms = _uniforms(batch, args.seed, args.dump_sampled)
+            selection = {"uniforms": uniforms.to(torch.cuda.current_device())}
+        captured = model.run(batch, functools.partial(capture, selection=selection))
         if model.writes:
             for window, window_rows in _split(batch, captured):
                 rows.setdefault(window.document, []).append((window.keep, window_rows))
     return rows
+
+
+def _uniforms(batch: Batch, seed: int, draws: int) -> torch.Tensor:
+    """Random numbers for the draws, float64 [B, L, N]: a function of the window and the seed, so
+    that neither the batch, the parallel layout nor a restart changes what is drawn."""
+    uniforms = np.zeros((*batch.tokens.shape, draws))
+    for row, window in enumerate(batch.windows):
+        random = np.random.default_rng([seed, window.document, window.start])
+        uniforms[row, : window.length] = random.random((window.length, draws))
+    return torch.from_numpy(uniforms)
 
 
 def _split(batch: Batch, captured: CapturedRows) -> Iterator[tuple[Window, TeacherRows]]:

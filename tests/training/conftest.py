@@ -61,6 +61,14 @@ def world(bare_world: World, teacher: Path) -> World:
 
 
 @pytest.fixture(scope="session")
+def sampled_store(world: World, teacher: Path) -> Path:
+    """The corpus's rows as 20 random draws each."""
+    path = world.folder / "sampled.pd"
+    world.dump(teacher, "--dump-sampled", 20, "--dump-store", path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def layout_curves(world: World) -> dict[str, dict[str, np.ndarray]]:
     """The curves of one PD* run in every parallel layout."""
     return {

@@ -88,6 +88,18 @@ def test_store_of_another_tokenizer(world: World) -> None:
     assert_refused(outcome, f"{world.corpus}.pd", "another tokenizer", "--tokenizer-model")
 
 
+def test_store_of_the_other_kind(world: World, sampled_store: Path) -> None:
+    for flags, words in (
+        (["--pd-tail", "sampled"], (f"{world.corpus}.pd", "--dump-sampled")),
+        (
+            ["--pd-store", sampled_store],
+            (str(sampled_store), "20 random draws", "--pd-tail sampled"),
+        ),
+    ):
+        outcome = world.runner.run("megatron_pd.pretrain", world.training_flags(*flags))
+        assert_refused(outcome, *words)
+
+
 def test_truncated_store(world: World) -> None:
     store = world.folder / "truncated.pd"
     shutil.copytree(f"{world.corpus}.pd", store)
@@ -99,9 +111,15 @@ def test_truncated_store(world: World) -> None:
 
 
 def test_dump_flags(world: World, teacher: Path) -> None:
-    for flag, value in (("--dump-top-p", 0), ("--dump-top-k", 0), ("--dump-overlap", 64)):
+    for flag, value, *more in (
+        ("--dump-top-p", 0),
+        ("--dump-top-k", 0),
+        ("--dump-sampled", 0),
+        ("--dump-sampled", 5, "--dump-top-k", 9),
+        ("--dump-overlap", 64),
+    ):
         store = world.folder / "never.pd"
-        flags = world.dump_flags(teacher, "--dump-store", store, flag, value)
+        flags = world.dump_flags(teacher, "--dump-store", store, flag, value, *more)
         assert_refused(world.runner.run("megatron_pd.teacher.dump", flags), flag)
         assert not store.exists()
     flags = world.dump_flags(world.folder / "no-checkpoint")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import VOCAB_SIZE
 from jobs import World
 
 from megatron_pd.store import LogitStore, StoreError
@@ -73,3 +74,46 @@ def test_killed_dump_goes_on_where_it_was(world: World, teacher: Path) -> None:
 def test_help_names_the_flags(bare_world: World) -> None:
     log = bare_world.runner.check("megatron_pd.teacher.dump", ["--help"])
     assert "--dump-top-p" in log and "--tensor-model-parallel-size" in log
+
+
+def test_random_draws_are_unbiased_and_the_same_in_another_layout(
+    world: World, teacher: Path, sampled_store: Path
+) -> None:
+    """The share of draws of each token that the top-p-k store holds against its probability."""
+    draws = LogitStore(sampled_store).draws
+    assert draws == 20
+    excess, variance = np.zeros(VOCAB_SIZE), np.zeros(VOCAB_SIZE)
+    for sampled, top in zip(
+        rows_of(sampled_store), rows_of(Path(f"{world.corpus}.pd")), strict=True
+    ):
+        share, _ = dense(sampled)
+        probability, is_kept = dense(top)
+        np.testing.assert_array_equal(sampled[2] > 0, top[2] > 0)
+        np.testing.assert_allclose(share.sum(1)[:-1], 1, atol=1e-5)
+        np.testing.assert_allclose(share * draws, np.round(share * draws), atol=1e-4)
+        np.testing.assert_allclose(sampled[3], top[3], atol=1e-5)
+        excess += np.where(is_kept, share - probability, 0).sum(0)
+        variance += (probability * (1 - probability)).sum(0) / draws
+    assert (variance > 0).sum() > 50
+    assert (np.abs(excess) < 6 * np.sqrt(variance) + 1e-6).all()
+
+    path = world.folder / "sampled-tp2.pd"
+    flags = ("--dump-sampled", draws, "--dump-store", path, "--tensor-model-parallel-size", 2)
+    world.dump(teacher, *flags, ranks=2)
+    same = [
+        (dense(one)[0] == dense(other)[0]).all(1)
+        for one, other in zip(rows_of(path), rows_of(sampled_store), strict=True)
+    ]
+    # Rounding may move a draw that falls on a boundary between two tokens.
+    assert np.concatenate(same).mean() > 0.999
+
+
+def dense(rows) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities [n, V] of the row's entries, and where it has one."""
+    ids, logprobs, counts, _ = rows
+    mask = np.arange(ids.shape[1]) < counts[:, None]
+    probability, entry = np.zeros((2, len(ids), VOCAB_SIZE))
+    row, column = np.nonzero(mask)
+    probability[row, ids[row, column]] = np.exp(logprobs[row, column].astype(np.float64))
+    entry[row, ids[row, column]] = 1
+    return probability, entry > 0
