@@ -11,10 +11,13 @@ Job: {"module": …, "argv": […], "ranks": n, "log": path, "kill_when": path o
 statuses by rank, or −signal.
 """
 
+import contextlib
 import glob
 import importlib
 import json
+import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -57,15 +60,25 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        # Megatron's checkpoints start a helper that outlives a process which ends by _exit.
+        for helper in multiprocessing.active_children():
+            helper.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
+def free_port() -> int:
+    """A port below those that the system gives out by itself, which others could get meanwhile."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run(job: dict[str, Any]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks: dict[int, int] = {}
     for rank in range(job["ranks"]):
         process = os.fork()
