@@ -1,33 +1,29 @@
 """The --pd-* flags: one frozen, validated PDConfig and the argparse group made from it.
 
 `PDConfig` is the one place that names an option, says what it does, gives its default and refuses
-what does not fit. A recipe fills in what the command line leaves open, among Megatron's own
-learning-rate flags too, before Megatron validates them.
+what does not fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_pd.errors import UserError
+from megatron_pd.recipes import RECIPES, RecipeParser
 from megatron_pd.schedules import ALPHA_SCHEDULES, DECAY_STYLES, AlphaSchedule
 from megatron_pd.targets import check_truncation
 
 __all__ = [
     "ADAPTIVE_TEMPERATURES",
     "LOSSES",
-    "RECIPES",
     "TAILS",
     "HelpFormatter",
     "PDConfig",
     "add_pd_arguments",
-    "describe",
-    "diff",
+    "flag_of",
     "pd_config_from_args",
     "resolve_schedule",
     "total_samples",
@@ -163,7 +159,7 @@ class PDConfig:
     recipe: str | None = _option(
         None,
         "A published combination that fills in whatever the command line leaves open.",
-        choices=("pd-star", "vanilla", "online"),
+        choices=RECIPES,
     )
     loss_chunk_tokens: int | None = _option(
         None,
@@ -200,7 +196,8 @@ class PDConfig:
         )
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The command-line flag of a PDConfig field."""
     return "--pd-" + name.replace("_", "-")
 
 
@@ -213,7 +210,7 @@ def _check_choices(config: PDConfig) -> None:
         value = getattr(config, option.name)
         if choices and value is not None and value not in choices:
             raise UserError(
-                f"{_flag(option.name)} is {value!r}; it must be one of {', '.join(choices)}."
+                f"{flag_of(option.name)} is {value!r}; it must be one of {', '.join(choices)}."
             )
 
 
@@ -247,8 +244,8 @@ def _fill_dependent_fields(config: PDConfig) -> None:
         value = getattr(config, name)
         if value is not None and not used:
             raise UserError(
-                f"{_flag(name)} is {value}, which nothing uses: it belongs to {user}. Leave it out "
-                "or choose that."
+                f"{flag_of(name)} is {value}, which nothing uses: it belongs to {user}. Leave it "
+                "out or choose that."
             )
         if value is None and used:
             object.__setattr__(config, name, default)
@@ -260,7 +257,7 @@ def _check_temperatures(config: PDConfig) -> None:
         # adakd-* adds the slope's part to it, so there the constant may be 0 or less.
         is_offset = name == "temperature" and config.adaptive_temperature in _ADAPTIVE_SLOPES
         if value is not None and (not math.isfinite(value) or (value <= 0 and not is_offset)):
-            raise UserError(f"{_flag(name)} is {value}; a temperature must be a number above 0.")
+            raise UserError(f"{flag_of(name)} is {value}; a temperature must be a number above 0.")
     low, high = config.adaptive_min, config.adaptive_max
     if low is not None and high is not None and low > high:
         raise UserError(
@@ -274,8 +271,8 @@ def _check_alpha(config: PDConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0.0 <= value <= 1.0:
             raise UserError(
-                f"{_flag(name)} is {value}; α weighs two losses against each other and must lie in "
-                "[0, 1]."
+                f"{flag_of(name)} is {value}; α weighs two losses against each other and must lie "
+                "in [0, 1]."
             )
     if config.alpha_min is not None and config.alpha_min > config.alpha:
         raise UserError(
@@ -286,13 +283,13 @@ def _check_alpha(config: PDConfig) -> None:
         value = getattr(config, name)
         if value is not None and (not math.isfinite(value) or value < 0):
             raise UserError(
-                f"{_flag(name)} is {value}; give a share of the run below 1, or a number of "
+                f"{flag_of(name)} is {value}; give a share of the run below 1, or a number of "
                 "samples."
             )
         if value is not None and value >= 1 and value != int(value):
             raise UserError(
-                f"{_flag(name)} is {value}; from 1 on it is a number of samples and must be whole. "
-                "Below 1 it is a share of the run."
+                f"{flag_of(name)} is {value}; from 1 on it is a number of samples and must be "
+                "whole. Below 1 it is a share of the run."
             )
     if config.alpha_period == 0:
         raise UserError("--pd-alpha-period is 0; a cycle must take some time.")
@@ -365,15 +362,25 @@ def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
             keywords["metavar"] = option.name.rsplit("_", 1)[-1].upper()
         shown = "" if option.default is None else f" Default: {option.default}."
         group.add_argument(
-            _flag(option.name),
+            flag_of(option.name),
             dest=f"pd_{option.name}",
             default=None,
             help=(option.metadata["help"] + shown).replace("%", "%%"),
             **keywords,
         )
-    return _RecipeParser(
+    return RecipeParser(
         parents=[parser], add_help=False, allow_abbrev=False, formatter_class=HelpFormatter
     )
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Prints help texts of Megatron 0.19 that hold a bare % as they are; argparse would raise."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
 
 
 def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
@@ -466,149 +473,3 @@ def _lr_phases(args: argparse.Namespace, total: int) -> dict[str, Any]:
         "decay_style": args.lr_wsd_decay_style,
         "end": end * unit / total,
     }
-
-
-# ------------------------------------------------------------------------------ recipes
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    options: Mapping[str, Any]
-    """PDConfig fields."""
-
-    lr_decay_style: str
-    """Megatron's --lr-decay-style."""
-
-
-_RECIPES: dict[str, _Recipe] = {
-    # arXiv 2410.16215, appendix A.6.
-    "pd-star": _Recipe(
-        {
-            "loss": "kld",
-            "tail": "renormalize",
-            "top_p": 0.95,
-            "top_k": 50,
-            "temperature": 2.0,
-            "alpha": 0.9,
-            "alpha_schedule": "wsd",
-        },
-        "WSD",
-    ),
-    # §3.1, the starting point of the paper's exploration.
-    "vanilla": _Recipe(
-        {
-            "loss": "nll",
-            "tail": "renormalize",
-            "top_p": 0.95,
-            "top_k": 100,
-            "temperature": 1.0,
-            "alpha": 1.0,
-            "alpha_schedule": "constant",
-        },
-        "cosine",
-    ),
-    # §3.5, logits kept while the teacher itself was trained (Online-100B*).
-    "online": _Recipe(
-        {
-            "loss": "nll",
-            "tail": "renormalize",
-            "top_p": 0.95,
-            "top_k": 50,
-            "temperature": 1.0,
-            "alpha": 0.1,
-            "alpha_schedule": "constant",
-        },
-        "cosine",
-    ),
-}
-RECIPES = tuple(_RECIPES)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Prints help texts of Megatron 0.19 that hold a bare % as they are; argparse would raise."""
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        try:
-            return super()._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            return action.help or ""
-
-
-class _RecipeParser(argparse.ArgumentParser):
-    """Applies --pd-recipe between parsing and Megatron's validation, which has no hook there."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        argv: Sequence[str] = sys.argv[1:] if args is None else args
-        parsed, unknown = super().parse_known_args(argv, namespace)
-        given = {argument.partition("=")[0] for argument in argv}
-        parsed.pd_recipe_set = _apply_recipe(parsed, given)
-        return parsed, unknown
-
-
-def _apply_recipe(args: argparse.Namespace, given: set[str]) -> list[str]:
-    """Fill in what the flags in `given` leave open; return the flags that were set."""
-    if getattr(args, "pd_recipe", None) is None:
-        return []
-    recipe = _RECIPES[args.pd_recipe]
-    report = []
-    for name, value in recipe.options.items():
-        if getattr(args, f"pd_{name}") is None:
-            setattr(args, f"pd_{name}", value)
-            report.append(f"{_flag(name)} {value}")
-    for name, value in _lr_settings(recipe, args, given).items():
-        setattr(args, name, value)
-        report.append(f"--{name.replace('_', '-')} {value}")
-    return report
-
-
-def _lr_settings(
-    recipe: _Recipe, args: argparse.Namespace, given: set[str]
-) -> dict[str, str | float | int]:
-    if "--lr-decay-style" in given and args.lr_decay_style != recipe.lr_decay_style:
-        return {}
-    settings: dict[str, str | float | int] = {}
-    if "--lr-decay-style" not in given:
-        settings["lr_decay_style"] = recipe.lr_decay_style
-    if not given & {"--lr-warmup-fraction", "--lr-warmup-iters", "--lr-warmup-samples"}:
-        settings["lr_warmup_fraction"] = 0.1
-    if recipe.lr_decay_style == "WSD":
-        if "--lr-wsd-decay-style" not in given:
-            settings["lr_wsd_decay_style"] = "cosine"
-        unit = "samples" if args.train_samples else "iters"
-        length = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        if getattr(args, f"lr_wsd_decay_{unit}") is None and length:
-            settings[f"lr_wsd_decay_{unit}"] = max(1, round(0.01 * length))
-    return settings
-
-
-# ------------------------------------------------------------------------------ record
-
-
-def describe(config: PDConfig) -> dict[str, Any]:
-    """The configuration as plain JSON values, for the log and the checkpoint."""
-    return {
-        option.name: list(value) if isinstance(value, tuple) else value
-        for option in fields(config)
-        for value in [getattr(config, option.name)]
-    }
-
-
-def diff(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[str]:
-    """What changed between two `describe`d configurations, one sentence each; None is no PD."""
-    if old is None or new is None:
-        if old is None and new is None:
-            return []
-        return [
-            f"Distillation was {'off' if old is None else 'on'} and is now "
-            f"{'on' if old is None else 'off'}."
-        ]
-    return [
-        f"{_flag(name)} was {_shown(old, name)} and is now {_shown(new, name)}."
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _shown(description: Mapping[str, Any], name: str) -> str:
-    value = description.get(name)
-    return "unset" if value is None else str(value)

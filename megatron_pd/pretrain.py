@@ -10,6 +10,7 @@ Without a PD flag the run is plain language-model pre-training with Megatron's o
 """
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -39,7 +40,6 @@ from megatron_pd import gpu
 from megatron_pd.arguments import (
     PDConfig,
     add_pd_arguments,
-    describe,
     pd_config_from_args,
     resolve_schedule,
     total_samples,
@@ -49,6 +49,7 @@ from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig
 from megatron_pd.losses import mix
 from megatron_pd.megatron_hooks import resume_distributed_optimizer, skip_helpers_compilation
 from megatron_pd.output_processor import DistillationContext, distillation_output_processor
+from megatron_pd.record import changes, record_of, record_of_checkpoint
 from megatron_pd.schedules import AlphaSchedule, alpha_at
 from megatron_pd.targets import TeacherTargets
 from megatron_pd.teacher.data import TeacherData, open_teacher_data
@@ -71,10 +72,14 @@ def main() -> int:
     _refuse_early(parse_args(_extra_arguments))
     args = parse_and_validate_args(_extra_arguments)
     distillation = _build_distillation(args)
+    # In the arguments, the record is kept in checkpoints.
+    args.pd_resolved = None
     if distillation is not None:
-        # In the arguments, the resolved configuration is logged with them and kept in checkpoints.
-        args.pd_resolved = describe(distillation.config)
-        print_rank_0(f"pre-training distillation: {args.pd_resolved}")
+        args.pd_resolved = record_of(
+            distillation.config, distillation.schedule, distillation.total_samples
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(_report(args), flush=True)
     skip_helpers_compilation()
     resume_distributed_optimizer()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -89,6 +94,29 @@ def main() -> int:
         functools.partial(_forward_step, distillation=distillation),
     )
     return 0
+
+
+def _report(args: Any) -> str:
+    """What distillation does in this run, for the log, and what is new since its checkpoint."""
+    if args.pd_resolved is None:
+        lines = ["pre-training distillation: off"]
+    else:
+        lines = ["pre-training distillation:"]
+        lines += [
+            f"  {name} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in args.pd_resolved.items()
+            if value is not None and value is not False
+        ]
+    if args.pd_recipe_set:
+        lines.append(f"--pd-recipe {args.pd_recipe} set {', '.join(args.pd_recipe_set)}")
+    try:
+        changed = changes(record_of_checkpoint(args), args.pd_resolved)
+    except LookupError:
+        return "\n".join(lines)
+    if changed:
+        lines.append(f"distillation differs from that of the checkpoint in {args.load}:")
+        lines += [f"  {change}" for change in changed]
+    return "\n".join(lines)
 
 
 def _extra_arguments(parser):

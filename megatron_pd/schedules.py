@@ -48,6 +48,12 @@ class AlphaSchedule:
     period: float = 0.1
     """`period`: share of the run that one cycle takes."""
 
+    @property
+    def phases(self) -> dict[str, float | str]:
+        """The fields that shape this kind of curve, beside max and min."""
+        used = {"wsd": ("warmup", "decay", "decay_style", "end"), "period": ("period",)}
+        return {name: getattr(self, name) for name in used.get(self.kind, ())}
+
     def __post_init__(self) -> None:
         if self.warmup + self.decay > self.end + 1e-12:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The --pd-* flags through Megatron's own parser, their validation, the recipes, the record."""
+"""The --pd-* flags through Megatron's own parser, their validation, the recipes."""
 
 import argparse
 import re
@@ -8,16 +8,15 @@ import pytest
 
 from megatron_pd import cpu
 from megatron_pd.arguments import (
-    RECIPES,
     PDConfig,
     add_pd_arguments,
-    describe,
-    diff,
+    flag_of,
     pd_config_from_args,
     resolve_schedule,
     total_samples,
 )
 from megatron_pd.errors import UserError
+from megatron_pd.recipes import RECIPES
 from megatron_pd.schedules import alpha_at
 
 RUN = "--train-iters 1000 --global-batch-size 8 --lr 1e-3".split()
@@ -56,10 +55,6 @@ SETTINGS = {
     "recipe": (["vanilla"], "vanilla", ""),
     "loss_chunk_tokens": (["64"], 64, ""),
 }
-
-
-def flag_of(name: str) -> str:
-    return "--pd-" + name.replace("_", "-")
 
 
 def test_every_option_is_tried():
@@ -246,25 +241,3 @@ def test_a_run_or_decay_without_a_length_is_refused(monkeypatch):
     args.train_iters = None
     with pytest.raises(UserError, match="--train-iters or --train-samples"):
         total_samples(args)
-
-
-# ------------------------------------------------------------------------------ record
-
-
-def test_diff_says_what_changed():
-    old, new = describe(PDConfig()), describe(PDConfig(alpha=0.5, top_k=12))
-    assert diff(old, old) == []
-    assert diff(old, new) == [
-        "--pd-alpha was 0.9 and is now 0.5.",
-        "--pd-top-k was unset and is now 12.",
-    ]
-    assert diff(None, None) == []
-    assert diff(None, new) == ["Distillation was off and is now on."]
-    assert diff(old, None) == ["Distillation was on and is now off."]
-
-
-def test_the_record_survives_json():
-    import json
-
-    config = PDConfig(store=["a.pd", "b.pd"], loss="jsd")
-    assert json.loads(json.dumps(describe(config))) == describe(config)
