@@ -236,6 +236,30 @@ def test_sampled_gradient_is_the_dense_one_on_average(generator):
     assert ((biased[0] - dense).abs() > 6 * standard_error).any()
 
 
+@pytest.mark.parametrize("tail", ["ghost", "decoupled", "to-label"])
+def test_what_each_policy_is_biased_towards(tail, generator):
+    """The gradient, summed over labels that the teacher draws, is 0 at the student of
+    docs/losses.md. (`renormalize` and `raw` have none: their students have no tail.)"""
+    teacher_logits = torch.randn(VOCABULARY, generator=generator)
+    teacher = top_p_k(teacher_logits, top_k=6).map(lambda x: x.expand(VOCABULARY, *x.shape))
+    t = torch.softmax(teacher_logits.double(), dim=-1)
+    on = torch.zeros(VOCABULARY, dtype=torch.bool)
+    on[teacher.ids[0].long()] = True
+    a = t[on].sum()
+    if tail == "to-label":
+        student = torch.where(on, t * (2 - a), t * (1 - a))
+    else:  # any proportions within the tail
+        rest = torch.rand(VOCABULARY, generator=generator, dtype=torch.float64) * ~on
+        student = torch.where(on, t, (1 - a) * rest / rest.sum())
+    logits_TV = student.log().expand(VOCABULARY, -1)
+    labels_T = torch.arange(VOCABULARY)
+    _, gradient = value_and_gradient(PDConfig(tail=tail), teacher, logits_TV, labels_T)
+    expected_gradient = t @ gradient
+    torch.testing.assert_close(
+        expected_gradient, torch.zeros_like(expected_gradient), rtol=0, atol=2e-7
+    )
+
+
 def test_ghost_of_the_whole_vocabulary_is_the_dense_kl(generator):
     teacher_logits = torch.randn(TOKENS, VOCABULARY, generator=generator) * 2
     logits_TV = torch.randn(TOKENS, VOCABULARY, generator=generator, dtype=torch.float64)
