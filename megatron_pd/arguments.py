@@ -326,6 +326,7 @@ def _check_sampled(config: PDConfig) -> None:
         "--pd-tail sampled reads rows of random draws, whose gradient is the dense one on average "
         "only for a loss linear in the draws at temperature 1"
     )
+    source = f" (or --pd-recipe {config.recipe}, which may have set them)" if config.recipe else ""
     if config.loss not in ("nll", "kld"):
         raise UserError(
             f"{reason}; --pd-loss is {config.loss}. Choose nll or kld, or another --pd-tail with a "
@@ -334,10 +335,10 @@ def _check_sampled(config: PDConfig) -> None:
     if config.temperature != 1.0 or config.adaptive_temperature or config.student_temperature != 1:
         raise UserError(
             f"{reason}. Leave out --pd-temperature, --pd-student-temperature and "
-            "--pd-adaptive-temperature."
+            f"--pd-adaptive-temperature{source}."
         )
     if config.top_p not in (None, 1.0) or config.top_k is not None:
-        raise UserError(f"{reason}. Leave out --pd-top-p and --pd-top-k.")
+        raise UserError(f"{reason}. Leave out --pd-top-p and --pd-top-k{source}.")
 
 
 # ------------------------------------------------------------------------------ command line

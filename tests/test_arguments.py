@@ -127,6 +127,10 @@ def test_help_names_every_flag(monkeypatch, capsys):
         ({"tail": "sampled", "temperature": 2.0}, "Leave out --pd-temperature"),
         ({"tail": "sampled", "student_temperature": 2.0}, "Leave out --pd-temperature"),
         ({"tail": "sampled", "top_k": 5}, "Leave out --pd-top-p and --pd-top-k"),
+        (
+            {"tail": "sampled", "top_k": 5, "recipe": "vanilla"},
+            "--pd-top-k .or --pd-recipe vanilla",
+        ),
         ({"tau_squared": True, "adaptive_temperature": "wttm"}, "would weigh a row twice"),
     ],
 )

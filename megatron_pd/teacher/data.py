@@ -54,6 +54,8 @@ def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
         _check_statistic(store, path, config)
         if int(os.environ.get("RANK", "0")) == 0:
             store.check_corpus(corpus)
+            for note in _truncation_notes(store, path, config):
+                print(note, flush=True)
         columns = max(columns, store.max_count)
     if config.top_k is not None:
         columns = min(columns, config.top_k)
@@ -111,6 +113,18 @@ def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
             f"{config.tail} would take for the head of the distribution: give --pd-tail sampled "
             "and no temperature or truncation, or a store that was dumped without --dump-sampled."
         )
+
+
+def _truncation_notes(store: LogitStore, path: str, config: PDConfig) -> list[str]:
+    """Where the configuration, perhaps by its recipe, asks for more than the store holds."""
+    wanted = {"top-p": config.top_p, "top-k": config.top_k}
+    stored = {name: store.metadata.get(name.replace("-", "_")) for name in wanted}
+    return [
+        f"note: {path} was dumped with --dump-{name} {stored[name]}, so --pd-{name} {limit} "
+        "cuts nothing more."
+        for name, limit in wanted.items()
+        if limit is not None and stored[name] is not None and limit > stored[name]
+    ]
 
 
 def _check_statistic(store: LogitStore, path: str, config: PDConfig) -> None:

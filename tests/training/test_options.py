@@ -105,6 +105,8 @@ def test_option(case: str, world: World, sampled_store: Path, default_kd_loss: n
         assert log.count(f"\n  --{' '.join(setting.split())}") == 1, setting
     if "--pd-recipe" in flags:
         assert f"{flags} set --pd-loss" in log
+    cuts_nothing = f"{world.corpus}.pd was dumped with --dump-top-k 50, so --pd-top-k 100 cuts"
+    assert (cuts_nothing in log) == (case == "vanilla")
 
 
 def test_chunks_change_nothing(world: World, default_kd_loss: np.ndarray) -> None:
