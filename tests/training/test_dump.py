@@ -91,7 +91,8 @@ def test_random_draws_are_unbiased_and_the_same_in_another_layout(
         np.testing.assert_array_equal(sampled[2] > 0, top[2] > 0)
         np.testing.assert_allclose(share.sum(1)[:-1], 1, atol=1e-5)
         np.testing.assert_allclose(share * draws, np.round(share * draws), atol=1e-4)
-        np.testing.assert_allclose(sampled[3], top[3], atol=1e-5)
+        # The default codec keeps this column in half precision.
+        np.testing.assert_allclose(sampled[3], top[3], atol=0.01)
         excess += np.where(is_kept, share - probability, 0).sum(0)
         variance += (probability * (1 - probability)).sum(0) / draws
     assert (variance > 0).sum() > 50
