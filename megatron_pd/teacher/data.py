@@ -117,14 +117,15 @@ def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
 
 def _truncation_notes(store: LogitStore, path: str, config: PDConfig) -> list[str]:
     """Where the configuration, perhaps by its recipe, asks for more than the store holds."""
-    wanted = {"top-p": config.top_p, "top-k": config.top_k}
-    stored = {name: store.metadata.get(name.replace("-", "_")) for name in wanted}
-    return [
-        f"note: {path} was dumped with --dump-{name} {stored[name]}, so --pd-{name} {limit} "
-        "cuts nothing more."
-        for name, limit in wanted.items()
-        if limit is not None and stored[name] is not None and limit > stored[name]
-    ]
+    notes = []
+    for name, limit in (("top-p", config.top_p), ("top-k", config.top_k)):
+        stored = store.metadata.get(name.replace("-", "_"))
+        if limit is not None and stored is not None and limit > stored:
+            notes.append(
+                f"note: {path} was dumped with --dump-{name} {stored}, so --pd-{name} {limit} cuts "
+                "nothing more."
+            )
+    return notes
 
 
 def _check_statistic(store: LogitStore, path: str, config: PDConfig) -> None:
