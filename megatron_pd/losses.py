@@ -151,17 +151,21 @@ def _rows(
     """
     mask_TK = teacher.mask | (teacher.counts == 0).unsqueeze(-1)
     columns = mask_TK.shape[-1]
-    log_q = torch.where(mask_TK, logq_TK[..., :columns], 0.0)
-    tempered = log_q if tempered_logq_TK is None else tempered_logq_TK[..., :columns]
-    pad = (0, 1) if columns == 0 else (0, 0)
-    log_t = functional.pad(teacher.logprobs.to(log_q.dtype), pad)
+
+    def widened(rows_TK: Tensor, value: float = 0) -> Tensor:
+        return functional.pad(rows_TK, (0, 1), value=value) if columns == 0 else rows_TK
+
+    def student(logq_TK: Tensor) -> Tensor:
+        return widened(torch.where(mask_TK, logq_TK[..., :columns], 0.0))
+
+    log_q = student(logq_TK)
     return _Rows(
-        ids=functional.pad(teacher.ids, pad, value=-1),
-        mask=functional.pad(mask_TK, pad, value=True),
-        log_t=log_t,
+        ids=widened(teacher.ids, -1),
+        mask=widened(mask_TK, True),
+        log_t=widened(teacher.logprobs.to(log_q.dtype)),
         tau=row_temperature(config, teacher).to(log_q.dtype),
-        log_q=functional.pad(log_q, pad),
-        tempered_log_q=functional.pad(torch.where(mask_TK, tempered, 0.0), pad),
+        log_q=log_q,
+        tempered_log_q=log_q if tempered_logq_TK is None else student(tempered_logq_TK),
         student_tau=config.student_temperature,
         labels=labels_T,
         label_log_q=label_logq_T,

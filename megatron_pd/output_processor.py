@@ -9,9 +9,11 @@ column 0 of `ids_SBK` is the label, so one pass over the logits serves both loss
 With `chunk_tokens` the output layer and the loss run on pieces of the sequence and are recomputed
 in the backward pass, so that the logits of one piece exist at a time. Recomputation is
 non-reentrant: the output weight's gradient is summed by the outer graph and reaches DDP's
-gradient hook once, as it does without chunks.
+gradient hook once, as it does without chunks. Megatron's gradient accumulation fusion sums it over
+the chunks in float32; without the fusion that is done here, since autograd would sum in bf16.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +64,9 @@ def distillation_output_processor(
     labels_SB = labels.transpose(0, 1)
     teacher_SBK = context.teacher.map(lambda rows: rows.transpose(0, 1))
 
-    def losses(hidden_SBH: Tensor, positions: Tensor | slice) -> Tensor:
+    def losses(hidden_SBH: Tensor, weight: Tensor | None, positions: Tensor | slice) -> Tensor:
         logits_SBV, _ = output_layer(
-            hidden_SBH, weight=output_weight, runtime_gather_output=runtime_gather_output
+            hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output
         )
         return _token_losses(
             scale_logits(logits_SBV),
@@ -77,17 +79,62 @@ def distillation_output_processor(
     local_length, batch_size = hidden_states.shape[:2]
     chunk = _chunk_length(context.config.loss_chunk_tokens, batch_size, ranks, local_length)
     if chunk >= local_length:
-        return losses(hidden_states, slice(None)).transpose(1, 2)
+        return losses(hidden_states, output_weight, slice(None)).transpose(1, 2)
     losses_2SB = torch.empty(
         2, ranks * local_length, batch_size, dtype=torch.float32, device=hidden_states.device
     )
-    for start in range(0, local_length, chunk):
+    starts = range(0, local_length, chunk)
+    weight_of_chunk = _weights_of_chunks(output_layer, output_weight, len(starts))
+    for start in starts:
         hidden_SBH = hidden_states[start : start + chunk]
         positions = gathered_positions(start, len(hidden_SBH), local_length, ranks).to(
             hidden_states.device
         )
-        losses_2SB[:, positions] = checkpoint(losses, hidden_SBH, positions, use_reentrant=False)
+        losses_2SB[:, positions] = checkpoint(
+            losses, hidden_SBH, weight_of_chunk(), positions, use_reentrant=False
+        )
     return losses_2SB.transpose(1, 2)
+
+
+def _weights_of_chunks(
+    output_layer: Any, output_weight: Tensor | None, chunks: int
+) -> Callable[[], Tensor | None]:
+    """What gives each chunk its weight, so that their gradients are summed in float32."""
+    weight = output_layer.weight if output_weight is None else output_weight
+    if output_layer.gradient_accumulation_fusion or weight.dtype == torch.float32:
+        return lambda: output_weight
+    total = _FloatSum(chunks)
+    return lambda: _WeightOfChunk.apply(weight, total)
+
+
+class _FloatSum:
+    """A sum in float32 of a known number of tensors."""
+
+    def __init__(self, terms: int) -> None:
+        self.terms = self.left = terms
+        self.value: Tensor | None = None
+
+    def add(self, term: Tensor) -> Tensor | None:
+        """The whole sum, in the terms' dtype, once the last term is in."""
+        self.value = term.float() if self.value is None else self.value.add_(term)
+        self.left -= 1
+        if self.left:
+            return None
+        result, self.value, self.left = self.value.to(term.dtype), None, self.terms
+        return result
+
+
+class _WeightOfChunk(torch.autograd.Function):
+    """The weight; its gradient goes to `total`, and on from the chunk that completes it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, total: _FloatSum) -> Tensor:
+        ctx.total = total
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.total.add(gradients[0]), None
 
 
 def gathered_positions(start: int, length: int, local_length: int, ranks: int) -> Tensor:

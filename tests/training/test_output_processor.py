@@ -287,3 +287,39 @@ def test_chunks_bound_the_memory_of_the_logits(tmp_path: Path) -> None:
         # One chunk's logits, and a chunk's that are being freed.
         assert 0 < peaks[chunk_tokens] <= 2 * logits_bytes * chunk_tokens // length
         torch.testing.assert_close(grads[chunk_tokens], grads[None], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own_weight", [False, True])
+def test_the_weights_gradient_is_summed_in_float32_over_chunks(
+    tmp_path: Path, own_weight: bool
+) -> None:
+    """300 equal gradients, one a chunk: a bf16 sum would stop at 256 of them. The weight is handed
+    over, as with tied embeddings, or the output layer's own."""
+    length, columns = 300, 8
+    hidden = torch.ones(length, 1, H, dtype=torch.bfloat16)
+    weight = torch.zeros(columns, H, dtype=torch.bfloat16, requires_grad=True)
+    empty = TeacherTargets(
+        torch.full((1, length, 0), -1, dtype=torch.int32),
+        torch.zeros(1, length, 0),
+        torch.zeros(1, length, dtype=torch.int32),
+    )
+    with one_rank(tmp_path) as group:
+        layer = column_parallel_layer(weight, group)
+        if own_weight:
+            layer.weight = weight
+        losses = distillation_output_processor(
+            hidden_states=hidden,
+            output_layer=layer,
+            output_weight=None if own_weight else weight,
+            labels=torch.zeros(1, length, dtype=torch.long),
+            context=DistillationContext(PDConfig(loss_chunk_tokens=1), empty, group, False),
+            scale_logits=lambda logits: logits,
+            runtime_gather_output=None,
+        )
+        for expected in (1, 2):  # a second backward pass adds the same again
+            losses[0].sum().backward(retain_graph=True)
+            gradient = torch.full((columns, H), length / columns)
+            gradient[0] -= length
+            torch.testing.assert_close(
+                weight.grad.float(), expected * gradient, rtol=0.005, atol=0.0
+            )
