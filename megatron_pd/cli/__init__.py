@@ -6,14 +6,26 @@ from `sys.argv`; they offer `HELP` and `main()`.
 """
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
 
 from megatron_pd.errors import reporting_errors
 
 __all__ = ["main"]
 
-_COMMANDS = ("train-tokenizer", "preprocess", "inspect", "verify", "stats")
+_COMMANDS = (
+    "train-tokenizer",
+    "preprocess",
+    "inspect",
+    "verify",
+    "stats",
+    "merge",
+    "split",
+    "recode",
+)
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 
 
@@ -40,7 +52,25 @@ def _main() -> int:
     for name in _MEGATRON_COMMANDS:
         subparsers.add_parser(name, help=_module(name).HELP)
     args = parser.parse_args()
-    return args.run(args)
+    # Batch systems stop a job by SIGTERM: like Ctrl-C, it leaves what was done in a sound state.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _reporting_stores():
+        return args.run(args)
+
+
+@contextlib.contextmanager
+def _reporting_stores() -> Iterator[None]:
+    """A store that is missing or damaged is one sentence and exit status 1: not a wrong call."""
+    from megatron_pd.store import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _module(command: str):

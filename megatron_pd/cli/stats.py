@@ -2,7 +2,8 @@
 
 import argparse
 import json
-import sys
+
+from megatron_pd.cli.common import add_workers, progress_bar
 
 HELP = "Bytes and entries per token, kept mass, teacher loss and entropy of a logit store."
 
@@ -14,18 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="average over about this many rows, spread evenly; default: all rows",
     )
+    add_workers(parser)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megatron_pd.store import LogitStore
+    from megatron_pd.store.scan import sampled_documents
     from megatron_pd.store.stats import store_stats
 
-    store = LogitStore(args.store)
-    with tqdm(unit=" rows", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        figures = store_stats(store, args.max_rows, lambda rows: bar.update(rows) and None)
+    store = LogitStore(args.store, allow_partial=True)
+    lengths = store.document_lengths
+    rows = int(lengths[sampled_documents(store, args.max_rows)].sum())
+    with progress_bar(rows, resumable=False) as progress:
+        figures = store_stats(store, args.max_rows, args.workers, progress)
     if args.json:
         print(json.dumps(figures))
         return 0

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_pd.store import _logit_codec
-from megatron_pd.store.format import COMPACT, EXACT, ROWS_FRAME, TABLES_FRAME, FrameHeader
+from megatron_pd.store.format import (
+    COMPACT,
+    EXACT,
+    ROWS_FRAME,
+    TABLES_FRAME,
+    FrameHeader,
+    ShardHeader,
+)
 from megatron_pd.store.rows import COLUMNS, StoreError, TeacherRows
 
-__all__ = ["RaggedRows", "Tables", "encode_frame", "tables_frame"]
+__all__ = ["CodedBlock", "RaggedRows", "Tables", "encode_frame", "tables_frame"]
 
 _COLUMN_DTYPES = {EXACT: "<f4", COMPACT: "<f2"}
 
@@ -85,6 +92,72 @@ def tables_frame(payload: bytes) -> bytes:
     return header.to_bytes() + payload
 
 
+@dataclass(frozen=True)
+class CodedBlock:
+    """Coded rows on their way into a shard."""
+
+    codec: int
+    columns: int  # a bit for each of COLUMNS
+    rows: int
+    entries: int
+    max_count: int
+    body: bytes  # the columns' values, then the codec's stream
+    tables: bytes | None  # payload of the tables that a `compact` stream was coded with
+
+    def frame(self, row: int, digests: np.ndarray, tables_offset: int) -> bytes:
+        """The frame of these rows, of which the first is the shard's row `row`."""
+        payload = digests.astype("<u8").tobytes() + self.body
+        header = FrameHeader(
+            ROWS_FRAME,
+            self.codec,
+            self.columns,
+            self.rows,
+            len(payload),
+            row,
+            tables_offset,
+            self.entries,
+            self.max_count,
+            len(digests),
+            zlib.crc32(payload),
+        )
+        return header.to_bytes() + payload
+
+    def part(self, start: int, stop: int, counts: np.ndarray, shard: ShardHeader) -> CodedBlock:
+        """The rows [start, stop) of the block, bit by bit what they were. `counts`: of all rows."""
+        value_bytes = np.dtype(_COLUMN_DTYPES[self.codec]).itemsize
+        columns_end = self.columns.bit_count() * self.rows * value_bytes
+        values = np.frombuffer(self.body, np.uint8, columns_end).reshape(-1, self.rows, value_bytes)
+        stream = self.body[columns_end:]
+        if self.codec == EXACT:
+            stream = _part_of_exact(stream, counts, start, stop)
+        else:
+            assert self.tables is not None
+            layout = (shard.vocab_size, shard.draws, shard.value_bits)
+            encoder = _logit_codec.BlockEncoder(self.tables, *layout)
+            stream = encoder.slice(stream, self.rows, self.entries, start, stop - start)
+        kept = counts[start:stop]
+        return replace(
+            self,
+            rows=stop - start,
+            entries=int(kept.sum()),
+            max_count=int(kept.max(initial=0)),
+            body=values[:, start:stop].tobytes() + stream,
+        )
+
+
+def _part_of_exact(stream: bytes, counts: np.ndarray, start: int, stop: int) -> bytes:
+    first, last = int(counts[:start].sum()), int(counts[:stop].sum())
+    ids = 4 * len(counts)
+    logprobs = ids + 3 * int(counts.sum())
+    return b"".join(
+        [
+            stream[4 * start : 4 * stop],
+            stream[ids + 3 * first : ids + 3 * last],
+            stream[logprobs + 4 * first : logprobs + 4 * last],
+        ]
+    )
+
+
 def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray, tables: Tables | None) -> bytes:
     """A frame of rows of which the first is the shard's row `row`: `compact` with tables, else
     `exact`."""
@@ -95,18 +168,13 @@ def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray, tables: Tables
     )
     names = [name for name in COLUMNS if name in rows.columns]
     columns = [rows.columns[name].astype(_COLUMN_DTYPES[codec]).tobytes() for name in names]
-    payload = b"".join([digests.astype("<u8").tobytes(), *columns, stream])
-    header = FrameHeader(
-        ROWS_FRAME,
+    block = CodedBlock(
         codec,
         sum(1 << COLUMNS.index(name) for name in names),
         len(rows),
-        len(payload),
-        row,
-        0 if tables is None else tables.offset,
         len(rows.ids),
         int(rows.counts.max(initial=0)),
-        len(digests),
-        zlib.crc32(payload),
+        b"".join([*columns, stream]),
+        None,
     )
-    return header.to_bytes() + payload
+    return block.frame(row, digests, 0 if tables is None else tables.offset)

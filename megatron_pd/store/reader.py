@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_pd.store.blocks import CodedBlock
 from megatron_pd.store.format import MANIFEST_NAME, PARTIAL_SUFFIX, Manifest, parse_shard_name
 from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.shard import Shard
@@ -36,6 +37,11 @@ class LogitStore:
         self._firsts = [shard.documents.start for shard in self._shards]
 
     @property
+    def store_id(self) -> int:
+        """Hash of the manifest, which every shard carries."""
+        return self._manifest.store_id
+
+    @property
     def vocab_size(self) -> int:
         return self._manifest.vocab_size
 
@@ -50,8 +56,39 @@ class LogitStore:
         return self._manifest.draws
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The per-row columns that its shards have, of `COLUMNS`."""
+        present = {
+            bit
+            for shard in self._shards
+            for bit in range(len(COLUMNS))
+            if shard.footer.columns >> bit & 1
+        }
+        return tuple(name for bit, name in enumerate(COLUMNS) if bit in present)
+
+    @property
+    def codecs(self) -> set[str]:
+        """The codecs of its shards: one, unless it was put together from several stores."""
+        return {shard.codec for shard in self._shards}
+
+    @property
+    def value_bits(self) -> set[int]:
+        """The writer's `value_bits` of its shards."""
+        return {shard.header.value_bits for shard in self._shards}
+
+    @property
+    def lengths_digest(self) -> str:
+        """Tells corpora apart by their document lengths; the same for parts of one store."""
+        return self._manifest.lengths_digest
+
+    @property
     def num_documents(self) -> int:
         return self._manifest.documents
+
+    @property
+    def shard_documents(self) -> list[range]:
+        """The documents of each shard."""
+        return [shard.documents for shard in self._shards]
 
     @property
     def num_rows(self) -> int:
@@ -80,6 +117,11 @@ class LogitStore:
         for shard in self._shards:
             lengths[shard.documents.start : shard.documents.stop] = np.diff(shard.starts)
         return lengths
+
+    def document_length(self, document: int) -> int:
+        """Rows of one document; 0 where a partial store lacks it."""
+        shard = self._shard(document)
+        return 0 if shard is None else shard.length(document)
 
     def missing_documents(self) -> list[range]:
         """Ranges of documents that no finished shard holds."""
@@ -150,6 +192,37 @@ class LogitStore:
                 )
         if unknown := sorted(columns.keys() - set(COLUMNS)):
             raise StoreError(f"{self.path}: unknown columns {unknown}; known: {COLUMNS}.")
+
+    def token_digests(self, documents: range) -> np.ndarray | None:
+        """uint64, a hash of the tokens of each document (0: empty, or missing here); None where a
+        shard of them is bound to no corpus."""
+        digests = np.zeros(len(documents), np.uint64)
+        for shard in self._shards:
+            first = max(shard.documents.start, documents.start)
+            stop = min(shard.documents.stop, documents.stop)
+            if first >= stop:
+                continue
+            if not shard.header.bound:
+                return None
+            at = slice(first - documents.start, stop - documents.start)
+            digests[at] = shard.token_digests(range(first, stop))
+        return digests
+
+    def coded_blocks(self, documents: range, skip: int = 0) -> Iterator[tuple[int, CodedBlock]]:
+        """(row, block) for the rows of these documents but the first `skip`, for copying them as
+        they are coded. Rows are counted from the first one of documents.start."""
+        first = 0
+        for shard in self._shards:
+            start = max(shard.documents.start, documents.start)
+            stop = min(shard.documents.stop, documents.stop)
+            if start >= stop:
+                continue
+            begin = int(shard.starts[start - shard.documents.start])
+            end = int(shard.starts[stop - shard.documents.start])
+            if first + end - begin > skip:
+                for row, block in shard.coded_blocks(begin + max(0, skip - first), end):
+                    yield first + row - begin, block
+            first += end - begin
 
     def check_corpus(self, corpus: Corpus, *, full: bool = False) -> None:
         """Raises StoreError unless the store belongs to `corpus`: all document lengths and the

@@ -13,9 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_pd.store import _logit_codec
+from megatron_pd.store.blocks import CodedBlock
 from megatron_pd.store.format import (
+    CODECS,
+    COMPACT,
     MANIFEST_NAME,
     Footer,
+    FrameHeader,
     ShardHeader,
     token_digest,
 )
@@ -73,6 +77,14 @@ class Shard:
             )
 
     @property
+    def codec(self) -> str:
+        """Of its first block."""
+        if not self.footer.blocks:
+            return "exact"
+        frame, _ = self._frame(ShardHeader.BYTES)
+        return {number: name for name, number in CODECS.items()}[frame.codec]
+
+    @property
     def starts(self) -> np.ndarray:
         """First row of every document, and the end of the last: int64 [documents + 1]."""
         with self._reported():
@@ -123,6 +135,63 @@ class Shard:
                 f"asked for, it has {end - begin}. Is this another corpus?"
             )
         return begin + offset
+
+    def token_digests(self, documents: range) -> np.ndarray:
+        """uint64: a hash of the tokens of each document, in a bound shard."""
+        first = self.documents.start
+        with self._reported():
+            return np.array([self.native.digest(d - first) for d in documents], np.uint64)
+
+    def coded_blocks(self, begin: int, end: int) -> Iterator[tuple[int, CodedBlock]]:
+        """(first row, block) for the blocks of the shard's rows [begin, end), as they are coded; of
+        blocks that are not wholly inside, the rows inside."""
+        starts = np.array([self._block(i)[0] for i in range(self.footer.blocks)], np.int64)
+        tables: dict[int, bytes] = {}
+        for index in range(int(np.searchsorted(starts, begin, "right")) - 1, len(starts)):
+            row, offset = self._block(index)
+            if row >= end:
+                return
+            self.check_block(index)
+            header, payload = self._frame(offset)
+            if header.codec == COMPACT and header.tables_offset not in tables:
+                tables[header.tables_offset] = self._frame(header.tables_offset)[1]
+            block = CodedBlock(
+                header.codec,
+                header.columns,
+                header.rows,
+                header.entries,
+                header.max_count,
+                payload[8 * header.digests :],
+                tables.get(header.tables_offset) if header.codec == COMPACT else None,
+            )
+            first, stop = max(begin, row), min(end, row + header.rows)
+            if stop - first < header.rows:
+                counts = self._counts(row, row + header.rows)
+                block = block.part(first - row, stop - row, counts, self.header)
+            if stop > first:
+                yield first, block
+
+    def _block(self, index: int) -> tuple[int, int]:
+        """First row and byte offset."""
+        with self._reported():
+            return self.native.block(index)
+
+    def _frame(self, offset: int) -> tuple[FrameHeader, bytes]:
+        with open(self.path, "rb") as file:
+            header = FrameHeader.from_bytes(os.pread(file.fileno(), FrameHeader.BYTES, offset))
+            size = header.payload_bytes if header is not None else 0
+            payload = os.pread(file.fileno(), size, offset + FrameHeader.BYTES)
+        if header is None or zlib.crc32(payload) != header.payload_crc:
+            with self._reported():
+                raise _logit_codec.CorruptError(f"the block at byte {offset} is damaged")
+        return header, payload
+
+    def _counts(self, begin: int, end: int) -> np.ndarray:
+        width = max(1, self.footer.max_count)
+        rows = TeacherRows.empty(end - begin, width)
+        with self._reported():
+            self.native.read(begin, end, rows.ids, rows.logprobs, rows.counts, 0)
+        return rows.counts
 
     def check_index(self) -> None:
         """Raises StoreError unless the whole index is intact."""

@@ -1,77 +1,224 @@
-"""Checks every byte of a store: `megatron-pd verify`."""
+"""Checks every byte of a store: `megatron-pd verify`.
+
+The work is cut into runs of blocks, so that several processes share even a single large shard. What
+is done goes into a journal, and an interrupted check goes on where it stopped: a line of JSON per
+run, which counts only for the very file (size, time of change, footer) that it was written for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.format import MANIFEST_NAME, Manifest, parse_shard_name
+from megatron_pd.store.format import MANIFEST_NAME, Footer, Manifest, parse_shard_name
+from megatron_pd.store.parallel import Report, run_jobs
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import StoreError
+from megatron_pd.store.rows import Corpus, StoreError
 from megatron_pd.store.shard import Shard
 
-__all__ = ["verify_shard", "verify_store"]
+__all__ = ["verify_corpus", "verify_store"]
+
+_RUN_BLOCKS = 1024  # half a million rows, some 20 MB
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Blocks [first, last) of a shard; with last = 0 the shard's index, with -1 its layout."""
+
+    shard: int
+    first: int
+    last: int
+
+
+_INDEX, _LAYOUT = 0, -1
 
 
 def verify_store(
-    path: Path, workers: int = 1, progress: Callable[[Path], None] = lambda shard: None
+    path: Path,
+    workers: int = 1,
+    *,
+    journal: Path | None = None,
+    progress: Report = lambda size: None,
 ) -> list[str]:
     """One sentence for everything that is wrong with the store at `path`; none for a sound one.
 
-    `progress` is called with each shard that has been read in full.
+    Args:
+        journal: file that keeps what is done until all is; None for no journal.
+        progress: is told bytes of the shards.
     """
     try:
         manifest = Manifest.from_bytes((path / MANIFEST_NAME).read_bytes(), path / MANIFEST_NAME)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [f"{path}: no logit store here ({MANIFEST_NAME} is missing)."]
     except StoreError as error:
         return [str(error)]
-    shards = sorted(file for file in path.iterdir() if parse_shard_name(file.name))
-    problems = []
-    with ProcessPoolExecutor(max_workers=workers) as pool:
-        mapped = pool.map if workers > 1 else map
-        found = mapped(verify_shard, shards, [manifest.store_id] * len(shards))
-        for shard, sentences in zip(shards, found, strict=True):
-            problems += sentences
-            progress(shard)
+    shards, problems = _open_shards(path, manifest.store_id)
+    done = _Journal(journal, shards)
+    runs = [_Run(index, 0, _INDEX) for index in range(len(shards))]
+    for index, shard in enumerate(shards):
+        edges = [*range(0, shard.footer.blocks, _RUN_BLOCKS), shard.footer.blocks]
+        runs += [_Run(index, first, last) for first, last in itertools.pairwise(edges)]
+
+    def check(run: _Run, report: Report) -> list[str]:
+        return list(dict.fromkeys(_problems_of(shards[run.shard], run, report)))
+
+    def check_all(runs: list[_Run]) -> None:
+        for run in runs:
+            if (known := done.get(run)) is not None:
+                problems.extend(known)
+                progress(_size(shards[run.shard], run))
+        left = [run for run in runs if done.get(run) is None]
+        for run, found in run_jobs(check, left, workers, progress):
+            done.add(run, found)
+            problems.extend(found)
+
+    check_all(runs)
+    # A shard with a bad block has no sound layout either: that would only be said twice.
+    bad = {shard.path.name for shard in shards if any(str(shard.path) in p for p in problems)}
+    sound = [index for index, shard in enumerate(shards) if shard.path.name not in bad]
+    check_all([_Run(index, 0, _LAYOUT) for index in sound])
     if not problems:
+        problems += _problems_of_whole(path, manifest)
+    done.close()
+    return list(dict.fromkeys(problems))
+
+
+def verify_corpus(
+    path: Path, corpus: Corpus, workers: int = 1, progress: Report = lambda documents: None
+) -> list[str]:
+    """One sentence for each shard whose documents are not, token by token, those of `corpus`.
+
+    Args:
+        progress: is told documents.
+    """
+    store = LogitStore(path)
+    lengths = np.asarray(corpus.document_lengths, np.int64)
+    if len(lengths) != store.num_documents:
         try:
-            _check_whole(path, manifest)
+            store.check_corpus(corpus)
         except StoreError as error:
-            problems.append(str(error))
-    return problems
+            return [str(error)]
+    shards, problems = _open_shards(path, store.store_id)
+
+    def check(index: int, report: Report) -> str | None:
+        try:
+            shards[index].check_corpus(corpus, lengths, full=True)
+        except StoreError as error:
+            return str(error)
+        finally:
+            report(len(shards[index].documents))
+        return None
+
+    jobs = range(len(shards))
+    return problems + [
+        problem for _, problem in run_jobs(check, jobs, workers, progress) if problem is not None
+    ]
 
 
-def verify_shard(path: Path, store_id: int) -> list[str]:
-    """Reads and decodes every block of a shard; one sentence for each fault."""
-    documents = parse_shard_name(path.name)
-    assert documents is not None
-    problems = []
-    try:
-        shard = Shard(path, documents, store_id)
-        shard.check_index()
-        for block in range(shard.footer.blocks):
+def _open_shards(path: Path, store_id: int) -> tuple[list[Shard], list[str]]:
+    """The shards that can be opened, and what is wrong with the others."""
+    shards, problems = [], []
+    for file in sorted(path.iterdir()):
+        documents = parse_shard_name(file.name)
+        if documents is not None:
             try:
-                shard.check_block(block)
+                shard = Shard(file, documents, store_id)
+                _ = shard.native
+                shards.append(shard)
             except StoreError as error:
                 problems.append(str(error))
-        if not problems:
-            shard.check_frames()
-    except StoreError as error:
-        problems.append(str(error))
-    return problems
+    return shards, problems
 
 
-def _check_whole(path: Path, manifest: Manifest) -> None:
+def _problems_of(shard: Shard, run: _Run, report: Report) -> Iterator[str]:
+    checks: list[Callable[[], None]]
+    if run.last == _INDEX:
+        checks = [shard.check_index]
+    elif run.last == _LAYOUT:
+        checks = [shard.check_frames]
+    else:
+        checks = [partial(shard.check_block, block) for block in range(run.first, run.last)]
+    reported = 0
+    for done, check in enumerate(checks, 1):
+        try:
+            check()
+        except StoreError as error:
+            yield str(error)
+        size = _size(shard, replace(run, last=run.first + done)) if run.last > 0 else 0
+        report(size - reported)
+        reported = size
+
+
+def _size(shard: Shard, run: _Run) -> int:
+    """Bytes that a run stands for in the progress; all runs of a shard together: its size."""
+    if run.last <= 0:
+        return 0
+    size, blocks = shard.footer.file_bytes, shard.footer.blocks
+    return size * run.last // blocks - size * run.first // blocks
+
+
+def _problems_of_whole(path: Path, manifest: Manifest) -> list[str]:
     """The shards make up the corpus of the manifest: no document missing, lengths as promised."""
-    store = LogitStore(path)
-    lengths = store.document_lengths
-    digest = Manifest.of(1, lengths, 0, {}).lengths_digest
-    if digest != manifest.lengths_digest:
-        raise StoreError(
-            f"{path}: the shards' document lengths ({int(np.sum(lengths))} rows in all) are not "
-            f"those of {MANIFEST_NAME} ({manifest.rows} rows). Dump the store again."
-        )
+    try:
+        lengths = LogitStore(path).document_lengths
+    except StoreError as error:
+        return [str(error)]
+    if Manifest.of(1, lengths, 0, {}).lengths_digest == manifest.lengths_digest:
+        return []
+    return [
+        f"{path}: the shards' document lengths ({int(np.sum(lengths))} rows in all) are not "
+        f"those of {MANIFEST_NAME} ({manifest.rows} rows). Dump the store again."
+    ]
+
+
+class _Journal:
+    """What was checked, by the identity of the shard's file and the run."""
+
+    def __init__(self, path: Path | None, shards: list[Shard]) -> None:
+        self._path = path
+        self._names = [_identity(shard) for shard in shards]
+        self._found: dict[str, list[str]] = {}
+        self._file = None
+        if path is None:
+            return
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._found[entry["run"]] = entry["problems"]
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn when its writer was stopped
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def get(self, run: _Run) -> list[str] | None:
+        return self._found.get(self._key(run))
+
+    def add(self, run: _Run, problems: list[str]) -> None:
+        if self._file is not None:
+            entry: dict[str, Any] = {"run": self._key(run), "problems": problems}
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Everything was checked: the next call starts anew."""
+        if self._file is not None and self._path is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    def _key(self, run: _Run) -> str:
+        return f"{self._names[run.shard]} {run.first} {run.last}"
+
+
+def _identity(shard: Shard) -> str:
+    status = os.stat(shard.path)
+    with open(shard.path, "rb") as file:
+        footer = os.pread(file.fileno(), Footer.BYTES, status.st_size - Footer.BYTES)
+    return f"{shard.path} {status.st_size} {status.st_mtime_ns} {footer[-4:].hex()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_pd.store import _logit_codec
-from megatron_pd.store.blocks import RaggedRows, encode_frame, tables_frame
+from megatron_pd.store.blocks import CodedBlock, RaggedRows, encode_frame, tables_frame
 from megatron_pd.store.files import AppendFile, fsync_directory, publish_once, write_error
 from megatron_pd.store.format import (
     CODECS,
@@ -84,6 +85,8 @@ class LogitStoreWriter:
     value_bits  resolution of `compact`: 10 bits cost at most 2.8e-4 nats a row and 5e-5 on average,
                 each further bit leaves a quarter of that and takes about 0.8 bits per entry.
     corpus      binds the shard to the corpus by a hash of every document's tokens.
+    token_digests  uint64 [documents of the shard]: these hashes themselves, in place of the corpus
+                (copies of a store have `LogitStore.token_digests`).
     kind        "top", or "sampled" with `draws` (draws of every non-empty row).
     """
 
@@ -97,6 +100,7 @@ class LogitStoreWriter:
         codec: str = "compact",
         value_bits: int = 10,
         corpus: Corpus | None = None,
+        token_digests: np.ndarray | None = None,
         documents: range | None = None,
         kind: Kind = "top",
         draws: int = 0,
@@ -106,6 +110,7 @@ class LogitStoreWriter:
         self.path = Path(path)
         self.documents = _checked_range(documents, len(lengths))
         self._corpus = corpus
+        self._bound = corpus is not None or token_digests is not None
         self._vocab_size = vocab_size
         self._value_bits = value_bits
         self._trainer = (
@@ -117,12 +122,15 @@ class LogitStoreWriter:
         self._next = np.zeros(len(shard_lengths), np.int64)
         self._durable = np.zeros(len(shard_lengths), np.int64)
         self._digests = np.zeros(len(shard_lengths), np.uint64)
+        if token_digests is not None:
+            self._digests[:] = token_digests
         self._file: AppendFile | None = None
         self._pending: dict[int, list[RaggedRows]] = {}
         self._pending_end: dict[int, int] = {}
         self._pending_bytes = 0
         self._failed = False
         self._blocks = _Blocks()
+        self._tables_offsets: dict[bytes, int] = {}
         self._columns: tuple[str, ...] | None = None
         self._open()
 
@@ -146,6 +154,28 @@ class LogitStoreWriter:
             self._next[index] += len(rows)
         if self._pending_bytes >= BUFFER_BYTES:
             self._write_pending()
+
+    def append_block(self, row: int, block: CodedBlock) -> None:
+        """Adds a block of another shard as it is coded; `row`, counted from the shard's first, is
+        its first row and must be the next of its document. `value_bits` must be that shard's."""
+        self._check_usable()
+        first, last = self._documents_of(row, row + block.rows)
+        if self._file is None or row - self._starts[first] != self._next[first]:
+            raise StoreError(f"{self._final}: row {row} was appended out of turn.")
+        tables_offset = 0
+        with self._failing_for_good():
+            if block.tables is not None:
+                key = _tables_key(block.tables)
+                if key not in self._tables_offsets:
+                    self._tables_offsets[key] = self._file.append(tables_frame(block.tables))
+                tables_offset = self._tables_offsets[key]
+            digests = self._digests[self._begun_in(row, row + block.rows)]
+            frame = block.frame(row, digests if self._bound else digests[:0], tables_offset)
+            header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
+            assert header is not None
+            self._blocks.add(header, self._file.append(frame))
+        ends = np.minimum(row + block.rows, self._starts[first + 1 : last + 1])
+        self._next[first:last] = ends - self._starts[first:last]
 
     def flush(self) -> None:
         """Returns once everything appended before is durable."""
@@ -203,7 +233,7 @@ class LogitStoreWriter:
             self._vocab_size,
             self._manifest.draws,
             self._value_bits,
-            self._corpus is not None,
+            self._bound,
         )
         self._header = header.to_bytes()
         try:
@@ -243,8 +273,10 @@ class LogitStoreWriter:
             end = offset + FrameHeader.BYTES + len(payload)
             if header.type != TABLES_FRAME:
                 self._remember(header, payload, offset)
-            elif self._trainer is not None:
-                self._trainer.resume(payload, offset)
+            else:
+                self._tables_offsets[_tables_key(payload)] = offset
+                if self._trainer is not None:
+                    self._trainer.resume(payload, offset)
         file.truncate(end)
         file.sync()  # a killed writer may have left what it wrote to the page cache alone
         self._durable[:] = self._next
@@ -256,7 +288,7 @@ class LogitStoreWriter:
         first, last = self._documents_of(header.row, header.row + header.rows)
         ends = np.minimum(header.row + header.rows, self._starts[first + 1 : last + 1])
         self._next[first:last] = ends - self._starts[first:last]
-        if self._corpus is not None:
+        if self._bound:
             begun = self._begun_in(header.row, header.row + header.rows)
             self._digests[begun] = np.frombuffer(payload, "<u8", len(begun))
         names = tuple(name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1)
@@ -316,7 +348,7 @@ class LogitStoreWriter:
     def _write_block(self, row: int, rows: RaggedRows) -> None:
         assert self._file is not None
         digests = self._digests[self._begun_in(row, row + len(rows))]
-        digests = digests if self._corpus is not None else digests[:0]
+        digests = digests if self._bound else digests[:0]
         tables = self._trainer.tables if self._trainer is not None else None
         frame = encode_frame(rows, row, digests, tables)
         offset = self._file.append(frame)
@@ -327,7 +359,7 @@ class LogitStoreWriter:
     def _write_index(self, file: AppendFile) -> None:
         table = self._blocks.table()
         parts = [self._starts.astype("<u8").tobytes()]
-        if self._corpus is not None:
+        if self._bound:
             parts.append(self._digests.astype("<u8").tobytes())
         index = b"".join([*parts, table.tobytes()])
         offset = file.append(index)
@@ -444,6 +476,10 @@ def _frames(file: AppendFile) -> Iterator[tuple[FrameHeader, bytes, int]]:
             return
         yield header, payload, offset
         offset += FrameHeader.BYTES + header.payload_bytes
+
+
+def _tables_key(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=16).digest()
 
 
 def _publish_manifest(path: Path, manifest: Manifest) -> None:

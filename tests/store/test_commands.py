@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 
 import numpy as np
 import pytest
+from random_rows import random_rows
 
 from megatron_pd.cli import main
-from megatron_pd.store import LogitStoreWriter, TeacherRows
+from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store.shard import Shard
+from megatron_pd.store.verify import verify_store
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def test_inspect(store, monkeypatch, capsys):
     png = store.parent / "h.png"
     words = ("--document", 0, "--top", 1, "--plot", png)
     status, out = command(monkeypatch, capsys, "inspect", store, *words)
-    lines = [line.split() for line in out.splitlines()[-4:-1]]
+    lines = [line.split() for line in out.splitlines()[-3:]]
     assert status == 0 and lines[0] == ["0", "0.750", "2", "7", "0.500"]
     assert lines[2] == ["2", "0.000", "0", "no", "teacher"]
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -65,3 +70,86 @@ def test_verify_names_the_damage(store, monkeypatch, capsys):
     shard.write_bytes(data)
     status, out = command(monkeypatch, capsys, "verify", store, "--json")
     assert status == 1 and "block at byte 64 is damaged" in json.loads(out)["problems"][0]
+
+
+def test_inspect_json_has_the_window(store, monkeypatch, capsys):
+    words = ("--document", 0, "--offset", 1, "--tokens", 1, "--json")
+    figures = json.loads(command(monkeypatch, capsys, "inspect", store, *words)[1])
+    (token,) = figures["window"]
+    assert (token["offset"], token["entries"]) == (1, 1) and figures["columns"] == ["label_logprob"]
+    assert token["label_logprob"] == pytest.approx(np.log(0.8), rel=1e-3)
+    assert token["candidates"] == [{"id": 2, "probability": pytest.approx(0.8, rel=1e-3)}]
+
+
+def damage(shard, rng, blocks: int) -> set[int]:
+    """Flips a bit in that many blocks of a shard; where these blocks lie."""
+    data = bytearray(shard.read_bytes())
+    offsets = [match.start() for match in re.finditer(rb"PDBK\x02", bytes(data))]
+    chosen = {int(offset) for offset in rng.choice(offsets, blocks, replace=False)}
+    for offset in chosen:
+        data[offset + 60] ^= 1 << int(rng.integers(8))
+    shard.write_bytes(data)
+    return chosen
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A store of one shard with some 60 blocks."""
+    rng = np.random.default_rng()
+    lengths = rng.integers(1, 2000, 60)
+    rows = random_rows(rng, 2001, 50, 4)
+    path = tmp_path / "large.pd"
+    with LogitStoreWriter(path, vocab_size=50, document_lengths=lengths, metadata={}) as writer:
+        for document, length in enumerate(lengths.tolist()):
+            writer.append(document, 0, rows[2001 - length :])
+            writer.flush()
+    return path
+
+
+def test_verify_names_every_bad_block_from_several_processes(large, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_pd.store.verify._RUN_BLOCKS", 4)
+    bad = damage(next(large.glob("*.shard")), np.random.default_rng(), 7)
+    status, out = command(monkeypatch, capsys, "verify", large, "--json", "--workers", 3)
+    problems = json.loads(out)["problems"]
+    assert status == 1 and len(problems) == 7
+    assert {int(re.search(r"at byte (\d+)", problem)[1]) for problem in problems} == bad
+
+
+def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
+    monkeypatch.setattr("megatron_pd.store.verify._RUN_BLOCKS", 4)
+    shard = next(large.glob("*.shard"))
+    damage(shard, np.random.default_rng(), 1)
+    journal = large.parent / "journal"
+    size, told = shard.stat().st_size, 0
+
+    def stop_half_way(done: int) -> None:
+        nonlocal told
+        told += done
+        if told > size / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_store(large, journal=journal, progress=stop_half_way)
+    with open(journal, "a") as file:
+        file.write('{"run": "torn')
+    checked = []
+    monkeypatch.setattr(Shard, "check_block", recorded(checked, Shard.check_block))
+    progress = []
+    assert len(verify_store(large, journal=journal, progress=progress.append)) == 1
+    blocks = Shard(shard, range(60), LogitStore(large).store_id).footer.blocks
+    assert len(checked) < 0.7 * blocks and sum(progress) == size and not journal.exists()
+    with pytest.raises(KeyboardInterrupt):
+        told = 0
+        verify_store(large, journal=journal, progress=stop_half_way)
+    os.utime(shard)  # as if it had been copied again: what is known of the old file counts no more
+    checked.clear()
+    verify_store(large, journal=journal)
+    assert len(checked) == blocks
+
+
+def recorded(calls: list, method):
+    def call(self, block):
+        calls.append(block)
+        return method(self, block)
+
+    return call

@@ -1,0 +1,75 @@
+"""What the store's commands share: a progress bar, the options of a copy and its last line."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_pd.store import LogitStore
+
+__all__ = ["add_copy_arguments", "add_workers", "print_store", "progress_bar"]
+
+
+@contextlib.contextmanager
+def progress_bar(
+    total: int | None, unit: str = " rows", *, resumable: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be called with the units that were done; shown on a terminal only."""
+    from tqdm import tqdm
+
+    with (
+        _saying_how_to_go_on() if resumable else contextlib.nullcontext(),
+        tqdm(total=total, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+    ):
+
+        def advance(units: int) -> None:
+            bar.update(units)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here.", file=sys.stderr)
+        raise
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+def add_copy_arguments(
+    parser: argparse.ArgumentParser, shard_tokens: int | None, default: str
+) -> None:
+    """The options of every command that writes a store from another."""
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=shard_tokens,
+        help="tokens of a shard of the new store, about and at most (a document is never cut); "
+        f"default: {default}",
+    )
+    add_workers(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def print_store(store: "LogitStore", as_json: bool) -> None:
+    """One line about a store that was written."""
+    from megatron_pd.store.inspect import summary
+
+    figures = summary(store)
+    if as_json:
+        print(json.dumps(figures))
+        return
+    print(
+        f"{store.path}: {figures['documents']:,} documents, {figures['rows']:,} tokens, "
+        f"{figures['entries']:,} entries in {figures['shards']:,} shards, {figures['bytes']:,} "
+        f"bytes ({figures['bytes_per_token']} per token)"
+    )
