@@ -2,7 +2,7 @@
 
 A subcommand's module offers `HELP`, `add_arguments(parser)` and `run(args) -> int`. Those that run
 a Megatron model (`dump`, `evaluate`) take Megatron's own flags instead, read by Megatron's parser
-from `sys.argv`; they offer `HELP` and `main()`.
+from `sys.argv`; they offer `HELP` and `main()`, as `convert` does for `convert from-megatron`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ _COMMANDS = (
     "merge",
     "split",
     "recode",
+    "convert",
 )
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 
@@ -40,6 +41,10 @@ def _main() -> int:
     if command in _MEGATRON_COMMANDS:
         sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
         return _module(command).main()
+    if sys.argv[1:3] == ["convert", "from-megatron"]:
+        sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]
+        with _reporting_stores():
+            return _module("convert").main()
     parser = argparse.ArgumentParser(
         prog="megatron-pd", description="Pre-training distillation for Megatron."
     )

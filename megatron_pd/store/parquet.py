@@ -1,0 +1,418 @@
+"""Stores to Parquet files and back, for everyone who does not read the store's own format.
+
+A row per token, by document and offset:
+
+    document  int64           offset    int64
+    ids       list<int32>     logprobs  list<float32>   both by falling log-probability
+    label_logprob, entropy, std  float32, where the store has them (null: unknown)
+
+A token without a teacher has empty lists. The schema's metadata has, under the key `megatron-pd`,
+JSON: vocab_size, draws (0, or of the kind `sampled`), documents (of the whole store),
+first_document and stop_document (of this file), store_id, and the store's metadata.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_pd.store.copy import plan_shards
+from megatron_pd.store.parallel import Report, run_jobs
+from megatron_pd.store.reader import LogitStore
+from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.scan import scan
+from megatron_pd.store.writer import LogitStoreWriter
+
+__all__ = ["from_parquet", "to_parquet"]
+
+_METADATA_KEY = b"megatron-pd"
+_FILE_ROWS = 1 << 24
+_GROUP_ROWS = 1 << 16
+_BATCH_ROWS = 1 << 13
+_FLUSH_ROWS = 1 << 17
+
+
+def to_parquet(
+    store: LogitStore,
+    folder: Path,
+    *,
+    file_rows: int = _FILE_ROWS,
+    workers: int = 1,
+    progress: Report = lambda rows: None,
+) -> list[Path]:
+    """Writes a file per run of documents of about `file_rows` rows; returns the files.
+
+    A file gets its name once it is whole, and is then not written again by a later call.
+
+    Raises:
+        StoreError: pyarrow is missing, or the folder holds files of another store.
+    """
+    pa, pq = _pyarrow()
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [(name, pa.float32()) for name in store.columns]
+    schema = pa.schema(
+        [
+            ("document", pa.int64()),
+            ("offset", pa.int64()),
+            ("ids", pa.list_(pa.int32())),
+            ("logprobs", pa.list_(pa.float32())),
+            *columns,
+        ]
+    )
+
+    def write(documents: range, report: Report) -> Path:
+        described = _description(store, documents)
+        path = folder / f"{documents.start:012d}-{documents.stop:012d}.parquet"
+        if path.exists():
+            if _open(path).metadata != described:
+                raise StoreError(f"{path} is in the way: it was not made from {store.path}.")
+            report(sum(store.document_length(document) for document in documents))
+            return path
+        scratch = path.with_suffix(".partial")
+        full_schema = schema.with_metadata({_METADATA_KEY: json.dumps(described)})
+        with pq.ParquetWriter(scratch, full_schema, compression="zstd") as writer:
+            for table in _tables(store, documents, full_schema):
+                writer.write_table(table)
+                report(len(table))
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        scratch.rename(path)
+        return path
+
+    jobs = plan_shards(store.document_lengths, file_rows)
+    return sorted(path for _, path in run_jobs(write, jobs, workers, progress))
+
+
+def from_parquet(
+    files: Sequence[Path],
+    path: Path,
+    *,
+    vocab_size: int | None = None,
+    corpus: Corpus | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    codec: str = "compact",
+    value_bits: int = 10,
+    workers: int = 1,
+    progress: Report = lambda rows: None,
+) -> LogitStore:
+    """Writes the store of Parquet files, or what is missing of it: a shard per file.
+
+    The rows of a file come by document and offset, and no two files share a document. Entries of a
+    row may come in any order.
+
+    Args:
+        vocab_size, metadata: of files that `to_parquet` did not write.
+        corpus: binds the store, and says how long documents are whose rows are not all in the
+            files; only files of `to_parquet`, which hold them all, can do without.
+        progress: is told rows.
+    Raises:
+        StoreError: pyarrow is missing; files that can't be read, or don't fit together.
+    """
+    sources = [_open(file) for file in _files(files)]
+    described = [source.metadata for source in sources if source.metadata is not None]
+    own = len(described) == len(sources)
+    draws = 0
+    if own:
+        for source, its in zip(sources, described, strict=True):
+            for name in ("store_id", "vocab_size", "draws", "documents"):
+                if its[name] != described[0][name]:
+                    raise StoreError(
+                        f"{source.path} and {sources[0].path} come from different stores: {name} "
+                        f"is {its[name]} and {described[0][name]}."
+                    )
+        vocab_size, draws = described[0]["vocab_size"], described[0]["draws"]
+        metadata = described[0]["metadata"]
+    if vocab_size is None:
+        raise StoreError(f"{sources[0].path} does not tell its vocabulary: give --vocab-size.")
+    if corpus is None and not own:
+        raise StoreError(
+            f"{sources[0].path} was not written by `convert to-parquet`, so its last rows may not "
+            "be documents' last tokens: give --corpus."
+        )
+    if corpus is not None:
+        lengths = corpus.document_lengths
+    else:
+        lengths = _lengths(sources, described[0]["documents"])
+    sources.sort(key=lambda source: source.documents.start)
+    shards = _shards(sources, len(lengths), own)
+
+    def write(job: tuple[int, range], report: Report) -> None:
+        source, documents = sources[job[0]], job[1]
+        with LogitStoreWriter(
+            path,
+            vocab_size=vocab_size,
+            document_lengths=lengths,
+            metadata=metadata or {},
+            codec=codec,
+            value_bits=value_bits,
+            corpus=corpus,
+            documents=documents,
+            kind="sampled" if draws else "top",
+            draws=draws,
+        ) as writer:
+            filler = _Filler(writer, documents, lengths, source)
+            for document, offset, rows in source.runs():
+                filler.add(document, offset, rows)
+                report(len(rows))
+            filler.finish()
+
+    for _ in run_jobs(write, list(enumerate(shards)), workers, progress):
+        pass
+    return LogitStore(path)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise StoreError(
+            "Parquet needs pyarrow, which is not installed: pip install 'megatron-pd[parquet]'."
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _description(store: LogitStore, documents: range) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "vocab_size": store.vocab_size,
+        "draws": store.draws,
+        "documents": store.num_documents,
+        "first_document": documents.start,
+        "stop_document": documents.stop,
+        "store_id": f"{store.store_id:016x}",
+        "metadata": store.metadata,
+    }
+
+
+def _tables(store: LogitStore, documents: range, schema: Any) -> Iterator[Any]:
+    """The documents' rows in tables of about `_GROUP_ROWS`."""
+    parts: list[tuple[int, int, TeacherRows]] = []
+    held = 0
+    for document in documents:
+        offset = 0
+        for rows in scan(store, document):
+            parts.append((document, offset, rows))
+            offset += len(rows)
+            held += len(rows)
+            if held >= _GROUP_ROWS:
+                yield _table(parts, schema)
+                parts, held = [], 0
+    if parts:
+        yield _table(parts, schema)
+
+
+def _table(parts: list[tuple[int, int, TeacherRows]], schema: Any) -> Any:
+    pa, _ = _pyarrow()
+    rows = TeacherRows.concatenate([rows for _, _, rows in parts])
+    mask = np.arange(rows.ids.shape[1]) < rows.counts[:, None]
+    ends = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
+    arrays = [
+        np.concatenate([np.full(len(r), document, np.int64) for document, _, r in parts]),
+        np.concatenate([np.arange(offset, offset + len(r)) for _, offset, r in parts]),
+        pa.ListArray.from_arrays(ends, rows.ids[mask]),
+        pa.ListArray.from_arrays(ends, rows.logprobs[mask]),
+    ]
+    for name in schema.names[4:]:
+        values = rows.columns.get(name, np.full(len(rows), np.nan, np.float32))
+        arrays.append(pa.array(values, mask=np.isnan(values)))
+    return pa.Table.from_arrays([pa.array(array) for array in arrays], schema=schema)
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Files, and those in folders."""
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.glob("*.parquet")) if path.is_dir() else [path])
+    ]
+    if not files:
+        raise StoreError(f"{', '.join(map(str, paths))}: no .parquet file there.")
+    return files
+
+
+@dataclass
+class _ParquetFile:
+    """A file of rows; `documents` are those it speaks of."""
+
+    path: Path
+    file: Any
+    metadata: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        names = self.file.schema_arrow.names
+        for name in ("document", "offset", "ids", "logprobs"):
+            if name not in names:
+                raise StoreError(f"{self.path}: no column {name!r}; it has {names}.")
+        self.columns = [name for name in COLUMNS if name in names]
+        if self.metadata is not None:
+            self.documents = range(self.metadata["first_document"], self.metadata["stop_document"])
+            return
+        first, last = -1, -1
+        for batch in self._batches(["document"]):
+            documents = batch.column("document").to_numpy()
+            if len(documents):
+                first = int(documents[0]) if first < 0 else first
+                last = int(documents[-1])
+        self.documents = range(first, last + 1)
+
+    def lengths(self) -> np.ndarray:
+        """Rows of each of its documents."""
+        lengths = np.zeros(len(self.documents), np.int64)
+        for batch in self._batches(["document"]):
+            documents = batch.column("document").to_numpy() - self.documents.start
+            lengths += np.bincount(documents, minlength=len(lengths))
+        return lengths
+
+    def runs(self) -> Iterator[tuple[int, int, TeacherRows]]:
+        """(document, offset, rows) of consecutive rows of one document, in the file's order."""
+        for batch in self._batches(["document", "offset", "ids", "logprobs", *self.columns]):
+            documents = batch.column("document").to_numpy()
+            offsets = batch.column("offset").to_numpy()
+            rows = self._rows(batch)
+            breaks = np.flatnonzero((np.diff(documents) != 0) | (np.diff(offsets) != 1)) + 1
+            edges = [0, *breaks.tolist(), len(documents)]
+            for start, stop in itertools.pairwise(edges):
+                if stop > start:
+                    yield int(documents[start]), int(offsets[start]), rows[start:stop]
+
+    def _batches(self, columns: list[str]) -> Iterator[Any]:
+        pa, _ = _pyarrow()
+        try:
+            yield from self.file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{self.path}: cannot be read: {error}.") from None
+
+    def _rows(self, batch: Any) -> TeacherRows:
+        import pyarrow.compute as pc
+
+        lists = [batch.column(name) for name in ("ids", "logprobs")]
+        counts, others = (
+            pc.list_value_length(column)
+            .fill_null(0)
+            .to_numpy(zero_copy_only=False)
+            .astype(np.int32)
+            for column in lists
+        )
+        if (counts != others).any():
+            row = int(np.flatnonzero(counts != others)[0])
+            raise StoreError(
+                f"{self.path}: document {batch.column('document')[row]}, offset "
+                f"{batch.column('offset')[row]} has {counts[row]} ids and {others[row]} logprobs."
+            )
+        rows = TeacherRows.empty(len(counts), int(counts.max(initial=0)))
+        mask = np.arange(rows.ids.shape[1]) < counts[:, None]
+        rows.ids[mask] = pc.list_flatten(lists[0]).to_numpy(zero_copy_only=False)
+        rows.logprobs[mask] = pc.list_flatten(lists[1]).to_numpy(zero_copy_only=False)
+        columns = {
+            name: batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32)
+            for name in self.columns
+        }
+        return _sorted(TeacherRows(rows.ids, rows.logprobs, counts, columns), mask)
+
+
+def _open(path: Path) -> _ParquetFile:
+    pa, pq = _pyarrow()
+    try:
+        file = pq.ParquetFile(path)
+        metadata = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
+        return _ParquetFile(path, file, None if metadata is None else json.loads(metadata))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: not a Parquet file that can be read: {error}.") from None
+
+
+def _sorted(rows: TeacherRows, mask: np.ndarray) -> TeacherRows:
+    """The rows by falling log-probability, ties as they come."""
+    if not (np.diff(rows.logprobs, axis=1)[mask[:, 1:]] > 0).any():
+        return rows
+    order = np.argsort(np.where(mask, -rows.logprobs, np.inf), axis=1, kind="stable")
+    ids, logprobs = (np.take_along_axis(a, order, axis=1) for a in (rows.ids, rows.logprobs))
+    return TeacherRows(ids, logprobs, rows.counts, rows.columns)
+
+
+def _lengths(sources: list[_ParquetFile], documents: int) -> np.ndarray:
+    lengths = np.zeros(documents, np.int64)
+    for source in sources:
+        lengths[source.documents.start : source.documents.stop] += source.lengths()
+    return lengths
+
+
+def _shards(sources: list[_ParquetFile], documents: int, complete: bool) -> list[range]:
+    """The documents that each file's shard holds: its own, and those after it in no file."""
+    ends = [0, *(source.documents.stop for source in sources)]
+    starts = [*(source.documents.start for source in sources), documents]
+    for source, end in zip(sources, ends, strict=False):
+        if source.documents.start < end:
+            raise StoreError(
+                f"{source.path}: document {source.documents.start} is in another file too, or out "
+                "of order. A document's rows come in one file, which is sorted by document."
+            )
+    if starts[-1] < ends[-1]:
+        raise StoreError(
+            f"{sources[-1].path}: has document {ends[-1] - 1}, the corpus only {documents}."
+        )
+    for end, start in zip(ends, starts, strict=True):
+        if complete and start > end:
+            raise StoreError(f"Documents {end} to {start - 1} are in none of the files.")
+    edges = [0, *starts[1:]]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+class _Filler:
+    """Appends a file's rows, and empty ones where it has none."""
+
+    def __init__(
+        self, writer: LogitStoreWriter, documents: range, lengths: np.ndarray, source: _ParquetFile
+    ) -> None:
+        self._writer, self._documents, self._lengths = writer, documents, lengths
+        self._source = source
+        self._document, self._offset = documents.start, 0  # what comes next in the file
+        self._unflushed = 0
+
+    def add(self, document: int, offset: int, rows: TeacherRows) -> None:
+        if (document, offset) < (self._document, self._offset) or document not in self._documents:
+            raise StoreError(
+                f"{self._source.path}: document {document}, offset {offset} comes after document "
+                f"{self._document}, offset {self._offset - 1}. Sort the rows by document and "
+                "offset, and number documents as the corpus does."
+            )
+        self._skip_to(document)
+        self._append(offset, None)
+        self._append(offset + len(rows), rows)
+
+    def finish(self) -> None:
+        """Fills up to the shard's end."""
+        self._skip_to(self._documents.stop)
+
+    def _skip_to(self, document: int) -> None:
+        while self._document < document:
+            self._append(int(self._lengths[self._document]), None)
+            self._document, self._offset = self._document + 1, 0
+
+    def _append(self, end: int, rows: TeacherRows | None) -> None:
+        """Rows up to `end`, from where the document stands; those that are written already, from
+        an earlier call, are passed over."""
+        begin = max(self._offset, self._writer.written(self._document))
+        if begin < end:
+            part = self._empty(end - begin) if rows is None else rows[begin - self._offset :]
+            self._writer.append(self._document, begin, part)
+            self._unflushed += len(part)
+            if self._unflushed >= _FLUSH_ROWS:
+                self._writer.flush()
+                self._unflushed = 0
+        self._offset = max(self._offset, end)
+
+    def _empty(self, rows: int) -> TeacherRows:
+        empty = TeacherRows.empty(rows)
+        nan = np.full(rows, np.nan, np.float32)
+        columns = dict.fromkeys(self._source.columns, nan)
+        return TeacherRows(empty.ids, empty.logprobs, empty.counts, columns)

@@ -1,0 +1,159 @@
+"""Parquet holds the same rows, and what others write as Parquet becomes a store."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from random_rows import RandomCorpus, assert_rows_equal, random_rows
+
+from megatron_pd.cli import main
+from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
+from megatron_pd.store.parquet import from_parquet, to_parquet
+
+VOCAB = 131
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def corpus(rng):
+    return RandomCorpus(rng, 25, VOCAB)
+
+
+@pytest.fixture
+def store(tmp_path, rng, corpus) -> LogitStore:
+    with LogitStoreWriter(
+        tmp_path / "a",
+        vocab_size=VOCAB,
+        document_lengths=corpus.document_lengths,
+        metadata={"teacher": "random"},
+        codec="exact",
+        corpus=corpus,
+    ) as writer:
+        for document, length in enumerate(corpus.document_lengths.tolist()):
+            writer.append(document, 0, random_rows(rng, length, VOCAB, 7, columns=True))
+    return LogitStore(tmp_path / "a")
+
+
+def assert_same(found: LogitStore, expected: LogitStore) -> None:
+    np.testing.assert_array_equal(found.document_lengths, expected.document_lengths)
+    assert (found.vocab_size, found.columns) == (expected.vocab_size, expected.columns)
+    for document in range(expected.num_documents):
+        a, b = found.read(document), expected.read(document)
+        assert_rows_equal(a, b)
+        for name, column in b.columns.items():
+            np.testing.assert_array_equal(a.columns[name], column)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_round_trip_is_exact(tmp_path, store, corpus, bound):
+    files = to_parquet(store, tmp_path / "p", file_rows=200, workers=2)
+    assert len(files) > 2
+    files[0].unlink()
+    to_parquet(store, tmp_path / "p", file_rows=200)  # goes on: writes what is missing
+    back = from_parquet(
+        [tmp_path / "p"], tmp_path / "b", codec="exact", workers=2,
+        corpus=corpus if bound else None,
+    )  # fmt: skip
+    assert_same(back, store)
+    assert back.metadata == store.metadata
+    assert (back.token_digests(range(25)) is not None) == bound
+
+
+def test_schema_is_what_is_promised(tmp_path, store):
+    to_parquet(store, tmp_path / "p")
+    table = pq.read_table(tmp_path / "p")
+    document = int(np.argmax(store.document_lengths))
+    rows = store.read(document)
+    own = table.filter(pa.compute.equal(table["document"], document))
+    assert own["offset"].to_pylist() == list(range(len(rows)))
+    assert own["ids"].to_pylist() == [
+        r[:n].tolist() for r, n in zip(rows.ids, rows.counts, strict=True)
+    ]
+    assert table.schema.field("logprobs").type == pa.list_(pa.float32())
+    assert table.schema.field("entropy").type == pa.float32()
+
+
+def foreign(path, rows: list[tuple[int, int, list[int], list[float]]]) -> None:
+    columns = list(zip(*rows, strict=True))
+    names = ["document", "offset", "ids", "logprobs"]
+    pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), path)
+
+
+def test_rows_of_others(tmp_path, rng):
+    corpus = RandomCorpus(rng, 6, VOCAB)
+    corpus.document_lengths = np.array([3, 4, 0, 2, 5, 1])
+    corpus._tokens = [np.arange(n) for n in corpus.document_lengths]
+    a = [(0, 1, [5, 6], [-2.0, -0.5]), (1, 0, [7], [-0.25]), (1, 2, [8, 9, 1], [-1.0, -2.0, -1.5])]
+    foreign(tmp_path / "a.parquet", a)  # unsorted entries, int64 ids, float64 values, gaps
+    foreign(tmp_path / "b.parquet", [(4, 1, [2], [-0.125])])
+    files = [tmp_path / "b.parquet", tmp_path / "a.parquet"]
+    store = from_parquet(files, tmp_path / "s", vocab_size=VOCAB, corpus=corpus, codec="exact")
+    store.check_corpus(corpus, full=True)
+    assert store.num_entries == 7 and store.read(0).counts.tolist() == [0, 2, 0]
+    expected = TeacherRows(
+        np.array([[7, -1, -1], [-1, -1, -1], [8, 1, 9], [-1, -1, -1]], np.int32),
+        np.array([[-0.25, 0, 0], [0, 0, 0], [-1, -1.5, -2], [0, 0, 0]], np.float32),
+        np.array([1, 0, 3, 0], np.int32),
+    )
+    assert_rows_equal(store.read(1), expected)
+    assert store.read(4).counts.tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([(0, 1, [1], [-1.0]), (0, 0, [1], [-1.0])], "Sort the rows"),
+        ([(0, 0, [1, 2], [-1.0])], "has 2 ids and 1 logprobs"),
+        ([(0, 0, [VOCAB], [-1.0])], "not in the vocabulary"),
+        ([(0, 2, [1], [-1.0])], "last row has 1 entries"),
+        ([(9, 0, [1], [-1.0])], "the corpus only 1"),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, rng, rows, sentence):
+    corpus = RandomCorpus(rng, 1, VOCAB)
+    corpus.document_lengths = np.array([3])
+    corpus._tokens = [np.arange(3)]
+    foreign(tmp_path / "a.parquet", rows)
+    with pytest.raises(StoreError, match=sentence):
+        from_parquet([tmp_path], tmp_path / "s", vocab_size=VOCAB, corpus=corpus)
+    with pytest.raises(StoreError, match="give --corpus"):
+        from_parquet([tmp_path], tmp_path / "s", vocab_size=VOCAB)
+
+
+def test_commands(tmp_path, store, monkeypatch, capsys):
+    def command(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["megatron-pd", "convert", *map(str, words)])
+        return main()
+
+    assert command("to-parquet", store.path, "--output", tmp_path / "p") == 0
+    words = ("--output", tmp_path / "b", "--codec", "exact")
+    assert command("from-parquet", tmp_path / "p", *words) == 0
+    assert_same(LogitStore(tmp_path / "b"), store)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    capsys.readouterr()
+    for words in ("from-parquet", tmp_path / "bad.parquet"), ("to-parquet", tmp_path / "none"):
+        with pytest.raises(SystemExit) as left:
+            command(*words, "--output", tmp_path / "out")
+        assert left.value.code == 1 and capsys.readouterr().err.startswith("error: ")
+    real_import = builtins.__import__
+
+    def without_pyarrow(name, *args):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real_import(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_pyarrow)
+    with pytest.raises(SystemExit) as left:
+        command("to-parquet", store.path, "--output", tmp_path / "q")
+    assert left.value.code == 1 and "megatron-pd[parquet]" in capsys.readouterr().err
