@@ -29,12 +29,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd import gpu
 from megatron_pd.arguments import (
@@ -45,7 +43,7 @@ from megatron_pd.arguments import (
     total_samples,
 )
 from megatron_pd.data.batch import builds_dataset, get_batch
-from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig
+from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
 from megatron_pd.losses import mix
 from megatron_pd.megatron_hooks import resume_distributed_optimizer, skip_helpers_compilation
 from megatron_pd.output_processor import DistillationContext, distillation_output_processor
@@ -170,7 +168,7 @@ def _provide_datasets(
 ) -> tuple[Any, Any, Any]:
     """The train, validation and test datasets of this rank (Megatron's dataset provider)."""
     args = get_args()
-    fields = _dataset_fields(args)
+    fields = dataset_fields(args)
     dataset_class: type[GPTDataset]
     if args.mock_data:
         dataset_class, config = MockGPTDataset, GPTDatasetConfig(**fields)
@@ -190,33 +188,6 @@ def _provide_datasets(
         functools.partial(builds_dataset, vp_stage, model_config),
         config,
     ).build()
-
-
-def _dataset_fields(args: Any) -> dict[str, Any]:
-    """GPTDatasetConfig's fields from Megatron's arguments."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return {
-        "random_seed": args.seed,
-        "sequence_length": args.seq_length,
-        "blend": blend,
-        "blend_per_split": blend_per_split,
-        "split": args.split,
-        "multiple_validation_sets": args.multiple_validation_sets,
-        "full_validation": args.full_validation,
-        "num_dataset_builder_threads": args.num_dataset_builder_threads,
-        "path_to_cache": args.data_cache_path,
-        "mmap_bin_files": args.mmap_bin_files,
-        "tokenizer": build_tokenizer(args),
-        "reset_position_ids": args.reset_position_ids,
-        "reset_attention_mask": args.reset_attention_mask,
-        "eod_mask_loss": args.eod_mask_loss,
-        "create_attention_mask": args.create_attention_mask_in_dataloader,
-        "object_storage_cache_path": args.object_storage_cache_path,
-        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
-        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
-        "fast_cache_load": args.dataloader_fast_cache_load,
-        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
-    }
 
 
 def _is_last_stage(vp_stage: int | None) -> bool:

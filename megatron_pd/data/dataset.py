@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd.store import LogitStore
 
-__all__ = ["PDGPTDataset", "PDGPTDatasetConfig", "document_spans"]
+__all__ = ["PDGPTDataset", "PDGPTDatasetConfig", "dataset_fields", "document_spans"]
 
 
 @dataclass
@@ -85,6 +87,33 @@ class PDGPTDataset(GPTDataset):
         if name is not None:
             rows_of_sample["teacher_statistic"] = torch.from_numpy(statistic)
         return rows_of_sample
+
+
+def dataset_fields(args: Any) -> dict[str, Any]:
+    """GPTDatasetConfig's fields from Megatron's arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "multiple_validation_sets": args.multiple_validation_sets,
+        "full_validation": args.full_validation,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "path_to_cache": args.data_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": build_tokenizer(args),
+        "reset_position_ids": args.reset_position_ids,
+        "reset_attention_mask": args.reset_attention_mask,
+        "eod_mask_loss": args.eod_mask_loss,
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "object_storage_cache_path": args.object_storage_cache_path,
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
+        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+    }
 
 
 def document_spans(
