@@ -19,13 +19,6 @@ VOCAB = 131
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture
 def corpus(rng):
     return RandomCorpus(rng, 25, VOCAB)
 
