@@ -23,14 +23,14 @@ inline constexpr int kMinValueBits = 8, kMaxValueBits = 14;
 
 class Grid {
    public:
-    explicit Grid(int bits)
-        : size_(1u << bits), step_(48.0 / size_), log_f_(size_), log_rest_(size_), highest_(size_) {
-        for (uint32_t code = 0; code < size_; ++code) {
-            const double odds = odds_of(code);
-            log_f_[code] = -std::log1p(std::exp(-odds));
-            log_rest_[code] = -std::log1p(std::exp(odds));
-            highest_[code] = highest_after(odds + step_ / 2);
-        }
+    // The grid of kMinValueBits <= bits <= kMaxValueBits, made once.
+    static const Grid& of(int bits) {
+        static const std::vector<Grid> grids = [] {
+            std::vector<Grid> made;
+            for (int b = kMinValueBits; b <= kMaxValueBits; ++b) made.push_back(Grid(b));
+            return made;
+        }();
+        return grids[size_t(bits - kMinValueBits)];
     }
 
     uint32_t size() const { return size_; }
@@ -66,6 +66,16 @@ class Grid {
     uint32_t highest(uint32_t code) const { return highest_[code]; }
 
    private:
+    explicit Grid(int bits)
+        : size_(1u << bits), step_(48.0 / size_), log_f_(size_), log_rest_(size_), highest_(size_) {
+        for (uint32_t code = 0; code < size_; ++code) {
+            const double odds = odds_of(code);
+            log_f_[code] = -std::log1p(std::exp(-odds));
+            log_rest_[code] = -std::log1p(std::exp(odds));
+            highest_[code] = highest_after(odds + step_ / 2);
+        }
+    }
+
     double odds_of(uint32_t code) const { return code * step_ - 30; }
 
     uint32_t highest_after(double odds) const {

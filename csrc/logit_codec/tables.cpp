@@ -140,7 +140,7 @@ std::vector<uint8_t> Tables::train(const Layout& layout, Span<const uint64_t> id
                                    const Rows& sample) {
     uint32_t seen = 0;
     const std::vector<uint32_t> ids = rank_ids(id_counts, seen);
-    const Grid grid(layout.value_bits);
+    const Grid& grid = Grid::of(layout.value_bits);
     const CodedRows coded = code_rows(layout, grid, invert(ids), sample);
 
     std::vector<Histogram> histograms(kContexts);
@@ -165,7 +165,7 @@ std::vector<uint8_t> Tables::train(const Layout& layout, Span<const uint64_t> id
     return out;
 }
 
-Tables::Tables(Bytes payload, const Layout& layout) : layout_(layout), grid_(layout.value_bits) {
+Tables::Tables(Bytes payload, const Layout& layout) : layout_(layout), grid_(Grid::of(layout.value_bits)) {
     const auto vocab_size = load<uint32_t>(payload, 0), seen = load<uint32_t>(payload, 4);
     const auto models_size = load<uint32_t>(payload, 8);
     if (vocab_size != layout.vocab_size || seen > vocab_size)

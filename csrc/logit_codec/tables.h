@@ -80,7 +80,7 @@ class Tables {
 
    private:
     Layout layout_;
-    Grid grid_;
+    const Grid& grid_;
     std::vector<uint32_t> id_of_rank_;
     std::vector<Model> models_;
     std::vector<uint32_t> slots_;

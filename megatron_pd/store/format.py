@@ -40,6 +40,7 @@ __all__ = [
     "Manifest",
     "ShardHeader",
     "is_intact",
+    "lengths_digest",
     "page_crcs",
     "parse_shard_name",
     "shard_name",
@@ -76,6 +77,12 @@ def token_digest(tokens: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
 
 
+def lengths_digest(document_lengths: np.ndarray) -> str:
+    """128-bit BLAKE2b of all document lengths as little-endian int64, in hex."""
+    lengths = np.ascontiguousarray(document_lengths, "<i8")
+    return hashlib.blake2b(lengths, digest_size=16).hexdigest()
+
+
 def page_crcs(data: bytes) -> bytes:
     """CRC-32 of each page of the index, as little-endian uint32."""
     crcs = [
@@ -99,9 +106,9 @@ class Manifest:
     def of(
         cls, vocab_size: int, document_lengths: np.ndarray, draws: int, metadata: Mapping[str, Any]
     ) -> Manifest:
-        lengths = np.ascontiguousarray(document_lengths, "<i8")
-        digest = hashlib.blake2b(lengths, digest_size=16).hexdigest()
-        return cls(vocab_size, len(lengths), int(lengths.sum()), digest, draws, dict(metadata))
+        digest = lengths_digest(document_lengths)
+        rows = int(document_lengths.sum())
+        return cls(vocab_size, len(document_lengths), rows, digest, draws, dict(metadata))
 
     def to_bytes(self) -> bytes:
         body = json.dumps(

@@ -27,8 +27,6 @@ from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 
 __all__ = ["Shard"]
 
-_SAMPLED_DOCUMENTS = 256
-
 
 class Shard:
     """Opening reads the header and the footer; the file is mapped at its first use, and every page
@@ -218,15 +216,19 @@ class Shard:
                 "it and dump its documents again."
             ) from None
 
-    def check_corpus(self, corpus: Corpus, lengths: np.ndarray, full: bool) -> None:
-        """Raises StoreError unless the shard's documents are those of `corpus`; the tokens of a
-        sample of them are compared, or (`full`) of all."""
-        there = lengths[self.documents.start : self.documents.stop]
-        if len(differ := np.flatnonzero(np.diff(self.starts) != there)):
-            raise self._other_corpus(int(differ[0]), "length")
-        if not self.header.bound:
+    def check_corpus(
+        self, corpus: Corpus, lengths: np.ndarray | None, full: bool, sample: int = 256
+    ) -> None:
+        """Raises StoreError unless the shard's documents are those of `corpus`: as long as in
+        `lengths` (the corpus's int64 [D]; None: known to be), with the same tokens in `sample` of
+        them, or (`full`) in all."""
+        if lengths is not None:
+            there = lengths[self.documents.start : self.documents.stop]
+            if len(differ := np.flatnonzero(np.diff(self.starts) != there)):
+                raise self._other_corpus(int(differ[0]), "length")
+        if not self.header.bound or not len(self.documents):
             return
-        count = len(self.documents) if full else min(len(self.documents), _SAMPLED_DOCUMENTS)
+        count = len(self.documents) if full else min(len(self.documents), sample)
         for index in np.unique(np.linspace(0, len(self.documents) - 1, count, dtype=np.int64)):
             tokens = corpus.tokens(self.documents.start + int(index))
             with self._reported():
