@@ -93,7 +93,8 @@ class NumberReader {
           coded_(part(bytes, 4, load<uint32_t>(bytes, 0))),
           raw_(bytes.subspan(4 + load<uint32_t>(bytes, 0))) {}
 
-    void read(Span<uint32_t> counts, Span<uint32_t> ranks, Span<uint32_t> codes) {
+    // The first counts.size() rows, of `rows`; returns how many entries they have.
+    size_t read(size_t rows, Span<uint32_t> counts, Span<uint32_t> ranks, Span<uint32_t> codes) {
         const bool sampled = tables_.layout().draws != 0;
         uint32_t previous = 0;
         size_t entry = 0;
@@ -104,9 +105,13 @@ class NumberReader {
             previous = count;
             entry += count;
         }
-        if (entry != ranks.size()) throw Corrupt("the rows have fewer entries than their block");
-        coded_.finish();
-        raw_.finish();
+        if (counts.size() == rows) {
+            if (entry != ranks.size())
+                throw Corrupt("the rows have fewer entries than their block");
+            coded_.finish();
+            raw_.finish();
+        }
+        return entry;
     }
 
    private:
@@ -187,11 +192,16 @@ class NumberReader {
     BitReader raw_;
 };
 
-CodedRows read_numbers(const Tables& tables, Bytes bytes, size_t rows, size_t entries) {
+// The first `wanted` of a stream's rows.
+CodedRows read_numbers(const Tables& tables, Bytes bytes, size_t rows, size_t entries,
+                       size_t wanted) {
     check_size(entries, bytes, kCompactEntriesPerByte);
-    CodedRows coded{std::vector<uint32_t>(rows), std::vector<uint32_t>(entries),
+    CodedRows coded{std::vector<uint32_t>(wanted), std::vector<uint32_t>(entries),
                     std::vector<uint32_t>(entries)};
-    NumberReader(tables, bytes).read(coded.counts, coded.ranks, coded.codes);
+    const size_t read =
+        NumberReader(tables, bytes).read(rows, coded.counts, coded.ranks, coded.codes);
+    coded.ranks.resize(read);
+    coded.codes.resize(read);
     return coded;
 }
 
@@ -245,16 +255,16 @@ std::vector<uint8_t> encode_compact(const Tables& tables, Span<const uint32_t> r
     return write_numbers(tables, code_rows(tables.layout(), tables.grid(), rank_of_id, rows));
 }
 
-void decode_compact(const Tables& tables, Bytes bytes, Span<int32_t> counts,
+void decode_compact(const Tables& tables, Bytes bytes, size_t rows, Span<int32_t> counts,
                     Span<int32_t> ids, Span<float> logprobs) {
-    const CodedRows coded = read_numbers(tables, bytes, counts.size(), ids.size());
+    const CodedRows coded = read_numbers(tables, bytes, rows, ids.size(), counts.size());
     std::copy(coded.counts.begin(), coded.counts.end(), counts.begin());
-    for (size_t i = 0; i < ids.size(); ++i) ids[i] = int32_t(tables.id(coded.ranks[i]));
+    for (size_t i = 0; i < coded.ranks.size(); ++i) ids[i] = int32_t(tables.id(coded.ranks[i]));
     const uint32_t draws = tables.layout().draws;
     if (draws) {
         std::vector<float> table(draws + 1);
         for (uint32_t n = 1; n <= draws; ++n) table[n] = float(std::log(double(n) / draws));
-        for (size_t i = 0; i < ids.size(); ++i) logprobs[i] = table[coded.codes[i]];
+        for (size_t i = 0; i < coded.codes.size(); ++i) logprobs[i] = table[coded.codes[i]];
         return;
     }
     size_t entry = 0;
@@ -266,7 +276,7 @@ void decode_compact(const Tables& tables, Bytes bytes, Span<int32_t> counts,
 
 std::vector<uint8_t> slice_compact(const Tables& tables, Bytes bytes, uint32_t rows,
                                    uint32_t entries, uint32_t first_row, uint32_t row_count) {
-    CodedRows coded = read_numbers(tables, bytes, rows, entries);
+    CodedRows coded = read_numbers(tables, bytes, rows, entries, rows);
     size_t begin = 0, size = 0;
     for (uint32_t row = 0; row < first_row; ++row) begin += coded.counts[row];
     for (uint32_t row = 0; row < row_count; ++row) size += coded.counts[first_row + row];

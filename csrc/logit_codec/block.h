@@ -26,7 +26,9 @@ void decode_exact(Bytes bytes, const Layout& layout, Span<int32_t> counts,
 // `compact`.  rank_of_id: of `tables`.
 std::vector<uint8_t> encode_compact(const Tables& tables, Span<const uint32_t> rank_of_id,
                                     const Rows& rows);
-void decode_compact(const Tables& tables, Bytes bytes, Span<int32_t> counts,
+// Decodes the first counts.size() of a stream's `rows` rows; ids and logprobs have room for all its
+// entries.  Only a whole stream is checked to end where its rows do.
+void decode_compact(const Tables& tables, Bytes bytes, size_t rows, Span<int32_t> counts,
                     Span<int32_t> ids, Span<float> logprobs);
 
 // The stream of `row_count` of the rows of a `compact` stream, bit-exact in what it decodes to.

@@ -83,12 +83,12 @@ struct Block {
     std::vector<int32_t> counts, ids;
     std::vector<float> logprobs;
     Bytes columns;
-    size_t value_bytes = 0;
+    size_t rows = 0, value_bytes = 0;
 
     float column(uint8_t present, int column, size_t row) const {
         if (!(present >> column & 1)) return std::numeric_limits<float>::quiet_NaN();
         const int before = __builtin_popcount(present & ((1u << column) - 1));
-        const size_t at = (size_t(before) * counts.size() + row) * value_bytes;
+        const size_t at = (size_t(before) * rows + row) * value_bytes;
         return value_bytes == 4 ? load<float>(columns, at)
                                 : half_to_float(load<uint16_t>(columns, at));
     }
@@ -198,7 +198,8 @@ namespace {
 
 constexpr uint32_t kMostRows = 1u << 16;
 
-Block decode_block(const Shard& shard, const Layout& layout, uint64_t offset) {
+// The first `wanted` rows of a block at least.
+Block decode_block(const Shard& shard, const Layout& layout, uint64_t offset, size_t wanted) {
     const auto [header, payload] = shard.frame(offset);
     if (header.columns >> kColumns) throw Corrupt("a block with unknown columns");
     Block block;
@@ -211,14 +212,15 @@ Block decode_block(const Shard& shard, const Layout& layout, uint64_t offset) {
     if (header.rows > kMostRows) throw Corrupt("a block with too many rows");
     check_size(header.entries, stream,
                header.codec == kExact ? kExactEntriesPerByte : kCompactEntriesPerByte);
-    block.counts.resize(header.rows);
+    block.rows = header.rows;
+    block.counts.resize(header.codec == kExact ? header.rows : std::min<size_t>(wanted, header.rows));
     block.ids.resize(header.entries);
     block.logprobs.resize(header.entries);
     if (header.codec == kExact)
         decode_exact(stream, layout, block.counts, block.ids, block.logprobs);
     else if (header.codec == kCompact)
-        decode_compact(*shard.tables(header.tables_offset), stream, block.counts, block.ids,
-                       block.logprobs);
+        decode_compact(*shard.tables(header.tables_offset), stream, header.rows, block.counts,
+                       block.ids, block.logprobs);
     else
         throw Corrupt("a block of an unknown codec");
     return block;
@@ -265,8 +267,8 @@ void Shard::read(uint64_t begin, uint64_t end, const Output& out) const {
         const FrameHeader found = rows_header(index);
         if (begin < found.row || begin - found.row >= found.rows)
             throw Corrupt("the index has no block for row " + std::to_string(begin));
-        const Block decoded = decode_block(*this, layout_, block(index).second);
         const auto stop = size_t(std::min<uint64_t>(end - found.row, found.rows));
+        const Block decoded = decode_block(*this, layout_, block(index).second, stop);
         size_t entry = 0;
         for (size_t row = 0; row < stop; ++row) {
             if (found.row + row >= begin)
@@ -280,7 +282,7 @@ void Shard::read(uint64_t begin, uint64_t end, const Output& out) const {
 void Shard::check_block(uint64_t index) const {
     const FrameHeader found = rows_header(index);
     if (index == 0 && found.row != 0) throw Corrupt("the first block does not begin at row 0");
-    const Block decoded = decode_block(*this, layout_, block(index).second);
+    const Block decoded = decode_block(*this, layout_, block(index).second, found.rows);
     const auto most = std::max_element(decoded.counts.begin(), decoded.counts.end());
     if (most != decoded.counts.end() && *most != found.max_count)
         throw Corrupt("a block's header names another longest row than it has");

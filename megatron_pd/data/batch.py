@@ -93,6 +93,9 @@ def _broadcast_rows(
     sample: dict[str, torch.Tensor], shape: tuple[int, int], columns: int, statistic: bool
 ) -> dict[str, torch.Tensor]:
     """The sample's teacher rows on every TP rank; the first one has them."""
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        keys = [key for key in sample if key.startswith("teacher_")]
+        return {key: sample[key].cuda(non_blocking=True) for key in keys}
     device = torch.cuda.current_device()
     rows = {
         "teacher_ids": torch.empty(*shape, columns, dtype=torch.int32, device=device),

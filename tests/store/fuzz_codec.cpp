@@ -89,7 +89,7 @@ void decode(const Layout& layout, const Tables* tables, const std::vector<uint8_
     std::vector<int32_t> counts(rows), ids(entries);
     std::vector<float> logprobs(entries);
     if (tables)
-        decode_compact(*tables, stream, counts, ids, logprobs);
+        decode_compact(*tables, stream, rows, counts, ids, logprobs);
     else
         decode_exact(stream, layout, counts, ids, logprobs);
     check_ids(layout, ids.data(), ids.size());
