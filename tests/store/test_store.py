@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,36 @@ def test_gather_cuts_and_pads(tmp_path, rng):
             rows.ids[:, :width], rows.logprobs[:, :width], np.minimum(rows.counts, width)
         )
         assert_rows_equal(TeacherRows(ids, logprobs, counts), cut)
+
+
+def test_threads_and_forked_workers_read_at_once(tmp_path, rng):
+    """Eight threads on one store; processes forked while they read, as a DataLoader's are."""
+    corpus = RandomCorpus(rng, 60, VOCAB)
+    expected = write_store(tmp_path, rng, corpus, [0, 20, 40, 60], codec="compact")
+    store, alone = LogitStore(tmp_path), LogitStore(tmp_path)
+    rows = {document: alone.read(document) for document in expected}
+
+    def read_all(seed: int) -> None:
+        for document in np.random.default_rng(seed).permutation(60).tolist():
+            found, there = store.read(document), rows[document]
+            assert (found.ids == there.ids).all() and (found.counts == there.counts).all()
+            assert (found.logprobs == there.logprobs).all()
+
+    with ThreadPoolExecutor(8) as pool:
+        reading = [pool.submit(read_all, seed) for seed in range(24)]
+        for seed in range(8):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    signal.alarm(60)  # a lost lock would hang it
+                    read_all(seed)
+                    status = 0
+                finally:
+                    os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+        for done in reading:
+            done.result()
 
 
 def test_missing_shard_is_refused_or_reads_empty(tmp_path, rng):
