@@ -395,14 +395,16 @@ def zlib_crc(data: bytes) -> bytes:
 # --- report --------------------------------------------------------------------------------------
 
 
-def size_table(teachers: list[tuple[Rows, Rows]], stored: list[Rows], folder: Path) -> list[str]:
+def size_table(
+    teachers: list[tuple[Rows, Rows]], stored: list[tuple[str, Rows]], folder: Path
+) -> list[str]:
     lines = [
         "| teacher | rows | entries/row | compact B/entry | Megatron B/entry | ratio | "
         "exact B/entry | mean KL | max KL | sampled B/token |",
         "| --- " * 10 + "|",
     ]
     named = [(f"4-gram, {top.vocab_size:,}", top, sampled) for top, sampled in teachers]
-    named += [(f"--store, {top.vocab_size:,}", top, None) for top in stored]
+    named += [(f"{name}, {top.vocab_size:,}", top, None) for name, top in stored]
     for name, top, sampled in named:
         write_store(folder / "s", top)
         store = LogitStore(folder / "s")
@@ -461,7 +463,7 @@ def report(arguments: argparse.Namespace, folder: Path) -> str:
         make_teacher(vocab_size, arguments.tokens, arguments.adaptation, arguments.cache)
         for vocab_size in arguments.vocab_sizes
     ]
-    stored = [stored_rows(path, arguments.tokens) for path in arguments.store]
+    stored = [(path.name, stored_rows(path, arguments.tokens)) for path in arguments.store]
     widest = teachers[-1][0]
     compact_seconds = write_store(folder / "s", widest)
     compact = LogitStore(folder / "s").nbytes
