@@ -18,13 +18,14 @@ floors in bytes and in operations.
 import argparse
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ class Problem:
     @property
     def k(self) -> int:
         return self.teacher_SBK.ids.shape[-1]
+
+    def first_columns(self, k: int) -> "Problem":
+        """The same logits with the likeliest k of each teacher row."""
+        teacher = self.teacher_SBK
+        ids, logprobs = (rows[..., :k].contiguous() for rows in (teacher.ids, teacher.logprobs))
+        counts = torch.full_like(teacher.counts, k)
+        return replace(self, teacher_SBK=TeacherTargets(ids, logprobs, counts))
 
     @classmethod
     def random(
@@ -196,14 +204,29 @@ class Measurement:
         return self.forward_ms + self.backward_ms
 
 
-def measure(contender: Contender, problem: Problem, repeats: int) -> Measurement:
-    """Fastest forward and backward of `repeats` runs, and the memory of one more."""
-    runs = [_run(contender, problem) for _ in range(repeats)]
-    with peak_memory(problem.logits_SBV.device) as peak:
-        _run(contender, problem)
-    return Measurement(
-        min(run[0] for run in runs), min(run[1] for run in runs), peak[0], runs[0][2]
-    )
+Key = tuple[str, int]
+"""A contender's name and K."""
+
+Run = tuple[float, float, float]
+"""Milliseconds forward and backward, and the loss."""
+
+
+def measure(
+    runs: dict[Key, Callable[[], Run]], device: torch.device, repeats: int
+) -> dict[Key, Measurement]:
+    """Fastest forward and backward of `repeats` runs, for which all take turns, and the memory of
+    one more."""
+    times: dict[Key, list[Run]] = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            times[key].append(run())
+    results = {}
+    for key, run in runs.items():
+        with peak_memory(device) as peak:
+            _, _, loss = run()
+        forward, backward, _ = (min(values) for values in zip(*times[key], strict=True))
+        results[key] = Measurement(forward, backward, peak[0], loss)
+    return results
 
 
 def gradient(contender: Contender, problem: Problem) -> Tensor:
@@ -219,8 +242,7 @@ def _forward(contender: Contender, problem: Problem, gradients: list[Tensor]) ->
     return contender(_OutputLayer.apply(trigger, problem.logits_SBV, gradients), problem)
 
 
-def _run(contender: Contender, problem: Problem) -> tuple[float, float, float]:
-    """Milliseconds forward and backward, and the loss."""
+def _run(contender: Contender, problem: Problem) -> Run:
     problem.logits_SBV.copy_(problem.pristine_SBV)
     gradients: list[Tensor] = []
     start = now(problem.logits_SBV.device)
@@ -362,7 +384,7 @@ def compare(
     vocab_size: int, dtype: str, losses: dict[str, Contender], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Print the table of one shape and dtype, and return what it says."""
-    counts = [0, *(k for k in options.k if k > 0)]
+    counts = sorted({0, *options.k})
     rows, repeats = options.rows, options.repeats
     problem = Problem.random(rows, vocab_size, counts[-1], DTYPES[dtype], options.device)
     size = problem.logits_SBV.nbytes
@@ -387,15 +409,16 @@ def compare(
     report["operators_share_of_copy_bandwidth"] = shares
     line("operators alone", counts[-1], *times, f"   {shares[0]:.0%}, {shares[1]:.0%} of copy")
 
-    results: dict[tuple[str, int], Measurement] = {}
+    runs: dict[Key, Callable[[], Run]] = {}
     for k in counts:
-        problem = Problem.random(rows, vocab_size, k, DTYPES[dtype], options.device)
-        assert_same(problem, losses)
-        for name, contender in losses.items():
-            result = results[name, k] = measure(contender, problem, repeats)
-            peak = f"{result.peak_bytes / size:12.1%}"
-            line(name, k, result.forward_ms, result.backward_ms, peak)
-        del problem
+        columns = problem.first_columns(k)
+        assert_same(columns, losses)
+        for name, loss in losses.items():
+            runs[name, k] = functools.partial(_run, loss, columns)
+    results = measure(runs, problem.logits_SBV.device, repeats)
+    for (name, k), result in results.items():
+        peak = f"{result.peak_bytes / size:12.1%}"
+        line(name, k, result.forward_ms, result.backward_ms, peak)
     report["contenders"] = [
         dict(name=name, k=k, **vars(result)) for (name, k), result in results.items()
     ]
