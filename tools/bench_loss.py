@@ -356,6 +356,7 @@ def main() -> None:
         help="CPU seconds instead of the clock's, for a machine that others use (--threads 1)",
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ours-alone", action="store_true", help="without the peers")
     parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
     options = parser.parse_args()
 
@@ -369,7 +370,7 @@ def main() -> None:
         cpu.install()
     backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    losses = contenders()
+    losses = {"megatron_pd": megatron_pd_loss} if options.ours_alone else contenders()
     report = [
         compare(vocab_size, dtype, losses, options)
         for vocab_size in options.vocab_size
