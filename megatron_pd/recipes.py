@@ -62,6 +62,19 @@ _RECIPES: dict[str, _Recipe] = {
         },
         "cosine",
     ),
+    # Ours: the best of the tail policies and α measured in docs/losses.md.
+    "robust": _Recipe(
+        {
+            "loss": "kld",
+            "tail": "to-label",
+            "top_p": 0.95,
+            "top_k": 50,
+            "temperature": 1.0,
+            "alpha": 0.9,
+            "alpha_schedule": "wsd",
+        },
+        "WSD",
+    ),
 }
 RECIPES = tuple(_RECIPES)
 

@@ -190,6 +190,14 @@ def test_a_recipe_changes_nothing_that_the_command_line_says(monkeypatch):
     )
 
 
+def test_robust_is_the_one_of_the_measurements(monkeypatch):
+    args = parse(monkeypatch, "--pd-recipe", "robust")
+    config = pd_config_from_args(args)
+    assert (config.loss, config.tail, config.top_p, config.top_k) == ("kld", "to-label", 0.95, 50)
+    assert (config.temperature, config.alpha, config.alpha_schedule) == (1.0, 0.9, "wsd")
+    assert args.lr_decay_style == "WSD"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_a_valid_configuration(recipe, monkeypatch):
     assert pd_config_from_args(parse(monkeypatch, "--pd-recipe", recipe)).recipe == recipe

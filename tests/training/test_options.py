@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, list[float]]] = {
     "pd-star": ("--pd-recipe pd-star", [0.0, 0.9, 0.9, 0.9]),
     "vanilla": ("--pd-recipe vanilla", [1.0] * 4),
     "online": ("--pd-recipe online", [0.1] * 4),
+    "robust": ("--pd-recipe robust", [0.0, 0.9, 0.9, 0.9]),
 }
 
 
