@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_pd.store import LogitStore, StoreError
-    from megatron_pd.store.copy import SHARD_ROWS, Part, copy, plan_shards, whole
+    from megatron_pd.store.copy import SHARD_ROWS, Part, copy, even_ranges, whole
 
     if not (args.parts or args.at or args.shard_tokens):
         raise StoreError("Say how to split: --shard-tokens, --parts or --at.")
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = {output: whole(store)}
     if args.parts or args.at:
         if args.parts:
-            tokens = -(-store.num_rows // args.parts)
-            ranges = plan_shards(store.document_lengths, max(1, tokens))
+            ranges = even_ranges(store.document_lengths, args.parts)
         else:
             edges = [0, *args.at, store.num_documents]
             if sorted(set(edges)) != edges:

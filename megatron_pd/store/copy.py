@@ -21,7 +21,16 @@ from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.rows import StoreError
 from megatron_pd.store.writer import LogitStoreWriter
 
-__all__ = ["SHARD_ROWS", "Part", "concatenated", "copy", "joined", "plan_shards", "whole"]
+__all__ = [
+    "SHARD_ROWS",
+    "Part",
+    "concatenated",
+    "copy",
+    "even_ranges",
+    "joined",
+    "plan_shards",
+    "whole",
+]
 
 SHARD_ROWS = 1 << 26
 _FLUSH_BYTES = 1 << 26
@@ -76,13 +85,17 @@ def concatenated(stores: Sequence[LogitStore]) -> list[Part]:
 
 
 def plan_shards(document_lengths: np.ndarray, rows: int = SHARD_ROWS) -> list[range]:
-    """Contiguous document ranges of about equally many rows, and of about `rows` at most.
+    """Contiguous document ranges of about equally many rows, and of about `rows` at most."""
+    return even_ranges(document_lengths, -(-int(document_lengths.sum()) // rows))
+
+
+def even_ranges(document_lengths: np.ndarray, count: int) -> list[range]:
+    """About `count` contiguous document ranges of about equally many rows.
 
     A function of its arguments alone: an interrupted run finds its shards again."""
-    total = int(document_lengths.sum())
-    count = -(-total // rows)
     if count <= 1:
         return [range(len(document_lengths))]
+    total = int(document_lengths.sum())
     ends = np.cumsum(document_lengths)
     bounds = np.searchsorted(ends, np.arange(1, count) * (total / count), side="right")
     edges = np.unique([0, *bounds, len(document_lengths)])

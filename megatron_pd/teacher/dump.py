@@ -10,7 +10,6 @@ goes on after the last one, on any number of replicas.
 
 import argparse
 import functools
-import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fin
 from megatron_pd.data.windows import Batch, Window, batches_of, windows_of
 from megatron_pd.store import LogitStoreWriter, TeacherRows
 from megatron_pd.store._logit_codec import MAX_VALUE_BITS, MIN_VALUE_BITS
+from megatron_pd.store.copy import even_ranges
 from megatron_pd.store.format import CODECS
 from megatron_pd.targets import check_truncation
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
@@ -163,10 +163,7 @@ def shards_of(document_lengths: np.ndarray) -> list[range]:
     """
     tokens = int(document_lengths.sum())
     count = max(min(64, -(-tokens >> 16)), -(-tokens >> 30), 1)
-    ends = np.cumsum(document_lengths)
-    bounds = np.searchsorted(ends, np.arange(1, count) * (tokens / count), side="right")
-    edges = np.unique([0, *bounds, len(document_lengths)])
-    return [range(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+    return even_ranges(document_lengths, count)
 
 
 def _dump_shard(

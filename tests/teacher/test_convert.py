@@ -25,7 +25,9 @@ from megatron.training.global_vars import set_args
 from megatron_pd.cli import main
 from megatron_pd.data.corpus import MegatronCorpus, store_path_of
 from megatron_pd.data.dataset import dataset_fields
-from megatron_pd.store import LogitStore
+from megatron_pd.data.order import SampleSpan
+from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.teacher.convert import _rows_of
 
 VOCAB, PADDED = 1500, 1536
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES, DP, CP = 32, 2, 2, 2, 2
@@ -231,3 +233,28 @@ def test_lost_tar_leaves_its_samples_without_teacher(run, monkeypatch, capsys):
     assert convert(run, monkeypatch, *EXACT) == 0
     run.check(stores(run), run.seen)
     remove_stores(run)
+
+
+def test_the_sample_that_begins_earliest_in_a_document_counts(tmp_path):
+    """Samples 0 to 3 with rows whose id is their number; no tar had sample 1."""
+    with LogitStoreWriter(
+        tmp_path, vocab_size=4, document_lengths=np.full(4, 9), metadata={}, codec="exact"
+    ) as writer:
+        for sample in range(4):
+            ids = np.full((8, 1), sample, np.int32)
+            counts = np.full(8, sample != 1, np.int32)
+            rows = TeacherRows(ids, np.full((8, 1), -0.5, np.float32), counts)
+            writer.append(sample, 0, rows)
+            writer.append(sample, 8, TeacherRows.empty(1))
+    spans = [
+        SampleSpan(offset=5, length=8, sample=0, position=0),
+        SampleSpan(offset=1, length=3, sample=1, position=5),
+        SampleSpan(offset=2, length=6, sample=2, position=2),
+        SampleSpan(offset=14, length=6, sample=3, position=0),
+    ]
+    expected = [-1, -1, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, -1, 3, 3, 3, 3, 3, -1]
+    for offset in (0, 1, 4, 8, 13, 19):
+        parts = list(_rows_of(LogitStore(tmp_path), spans, 20, offset))
+        rows = TeacherRows.concatenate(parts)
+        found = [int(ids[0]) if n else -1 for ids, n in zip(rows.ids, rows.counts, strict=True)]
+        assert found == expected[offset:]
