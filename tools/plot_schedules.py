@@ -21,7 +21,7 @@ from megatron_pd.schedules import ALPHA_SCHEDULES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SIZE = ModelSize(layers=1, hidden=32, iterations=50, lr=3e-3)
+SIZE = ModelSize(layers=1, hidden=32, iterations=50, lr=3e-3, decay_iterations=10)
 STOP = 20
 FLAGS = {"period": "--pd-alpha-period 0.25 --pd-alpha-min 0.1"}
 
