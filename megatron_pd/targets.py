@@ -24,6 +24,7 @@ from megatron_pd.errors import UserError
 __all__ = [
     "TeacherTargets",
     "check_truncation",
+    "row_mask",
     "rows_of_draws",
     "sample",
     "top_p_k",
@@ -62,7 +63,7 @@ class TeacherTargets:
     @property
     def mask(self) -> Tensor:
         """bool [..., K], true where a column holds an entry."""
-        return torch.arange(self.ids.shape[-1], device=self.ids.device) < self.counts.unsqueeze(-1)
+        return row_mask(self.counts, self.ids.shape[-1])
 
     def map(self, transform: Callable[[Tensor], Tensor]) -> TeacherTargets:
         """The same rows with `transform`, which acts on leading axes only, on each tensor."""
@@ -77,6 +78,11 @@ class TeacherTargets:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherTargets:
         """The same rows on `device`."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def row_mask(counts_T: Tensor, columns: int) -> Tensor:
+    """bool [..., columns], true in the first `counts_T` of each row."""
+    return torch.arange(columns, device=counts_T.device) < counts_T.unsqueeze(-1)
 
 
 def check_truncation(
