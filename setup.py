@@ -1,13 +1,13 @@
 """Builds the native parts; everything else about the package is in pyproject.toml.
 
-Three shared libraries, each from the sources of one folder under csrc/:
+Three shared libraries, from the folders under csrc/:
 
-    megatron_pd/ops/_sparse_log_softmax       the operators and their CPU kernels
-    megatron_pd/ops/_sparse_log_softmax_cuda  their CUDA kernels, where nvcc fits torch's CUDA
-    megatron_pd/store/_logit_codec            the codec of the logit store (pybind11, no torch)
+    megatron_pd/ops/_operators       sparse_log_softmax, row_divergence: operators and CPU kernels
+    megatron_pd/ops/_operators_cuda  their CUDA kernels, where nvcc fits torch's CUDA
+    megatron_pd/store/_logit_codec   the codec of the logit store (pybind11, no torch)
 
-The CPU kernels are one source compiled once per instruction set, so files need their own flags,
-and setuptools compiles an editable install into a fresh temporary folder each time. So the
+The loops over the vocabulary on the CPU are one source compiled once per instruction set, so files
+need their own flags, and setuptools compiles an editable install into a fresh temporary folder each time. So the
 compiler is called here: objects stay in build/, and one is compiled again only when its command
 line or a file it includes has changed.
 
@@ -30,7 +30,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc" / "sparse_log_softmax"
+OPERATORS = [ROOT / "csrc" / name for name in ("sparse_log_softmax", "row_divergence")]
 OBJECTS = ROOT / "build" / "objects"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-DNDEBUG"]
@@ -39,8 +39,8 @@ CXX_FLAGS += [
 ]  # the exponential's range reduction gains from fused multiply-add
 
 EXTENSION_NAMES = (
-    "megatron_pd.ops._sparse_log_softmax",
-    "megatron_pd.ops._sparse_log_softmax_cuda",
+    "megatron_pd.ops._operators",
+    "megatron_pd.ops._operators_cuda",
     "megatron_pd.store._logit_codec",
 )
 BUILD_CUDA = os.environ.get("MEGATRON_PD_BUILD_CUDA", "auto")
@@ -90,17 +90,18 @@ def torch_flags() -> tuple[list[str], list[str]]:
     return compile_flags, [f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-fopenmp"]
 
 
-def sparse_log_softmax() -> Library:
+def operators() -> Library:
     compile_flags, link_flags = torch_flags()
-    paths = [CSRC / "operators.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    patterns = ("operators.cpp", "cpu/*.cpp")
+    paths = [path for folder in OPERATORS for p in patterns for path in sorted(folder.glob(p))]
     if platform.machine() not in ("x86_64", "AMD64"):
         paths = [path for path in paths if not x86_flags(path)]
     compiler = (*CXX, *CXX_FLAGS, *compile_flags)
     sources = [Source(path, compiler, x86_flags(path)) for path in paths]
-    return Library("megatron_pd.ops._sparse_log_softmax", sources, link_flags)
+    return Library("megatron_pd.ops._operators", sources, link_flags)
 
 
-def sparse_log_softmax_cuda() -> Library:
+def operators_cuda() -> Library:
     """Raises CudaUnavailableError where this machine or this torch can't build it."""
     toolkit = cuda_toolkit()
     compile_flags, link_flags = torch_flags()
@@ -108,16 +109,16 @@ def sparse_log_softmax_cuda() -> Library:
     wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{cuda_major(toolkit)}"
     includes = [f"-isystem{path}" for path in (toolkit / "include", wheel / "include")]
     nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
+    nvcc += ["--expt-relaxed-constexpr"]  # std::numeric_limits on the device
     nvcc += ["-ccbin", CXX[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     nvcc += [flag for arch in cuda_architectures(toolkit) for flag in gencode(arch)]
-    sources = [
-        Source(CSRC / "cuda" / "launch.cu", tuple(nvcc)),
-        Source(CSRC / "cuda" / "operators.cpp", (*CXX, *CXX_FLAGS, *compile_flags, *includes)),
-    ]
+    host = (*CXX, *CXX_FLAGS, *compile_flags, *includes)
+    sources = [Source(folder / "cuda" / "launch.cu", tuple(nvcc)) for folder in OPERATORS]
+    sources += [Source(folder / "cuda" / "operators.cpp", host) for folder in OPERATORS]
     runtime = [str(path) for path in sorted((wheel / "lib").glob("libcudart.so.*"))[:1]]
     runtime = runtime or [f"-L{toolkit / 'lib64'}", "-lcudart"]
     link_flags = [*link_flags, "-lc10_cuda", *runtime]
-    return Library("megatron_pd.ops._sparse_log_softmax_cuda", sources, link_flags)
+    return Library("megatron_pd.ops._operators_cuda", sources, link_flags)
 
 
 def logit_codec() -> Library:
@@ -130,10 +131,10 @@ def logit_codec() -> Library:
 
 
 def libraries() -> list[Library]:
-    found = [sparse_log_softmax(), logit_codec()]
+    found = [operators(), logit_codec()]
     if BUILD_CUDA != "0":
         try:
-            found.append(sparse_log_softmax_cuda())
+            found.append(operators_cuda())
         except CudaUnavailableError as error:
             report_no_cuda(error)
     return [library for library in found if library.sources]

@@ -17,9 +17,11 @@ Precision: everything in the dtype of the student's log-probabilities (float32, 
 tests). Masked columns are filled before anything that could make them NaN, and nothing is clamped
 in a way that stops a gradient.
 
-Cost: beside one read and write of the logits a small operation on [T, K] is nearly all launch, so
-their number counts. That is why padding is filled such that the losses need no mask, and why the
-extra outcome stands in [T, 1] tensors of its own instead of a column K + 1.
+Cost: beside one read and write of the logits, a small operation on [T, K] is nearly all launch, so
+their number counts. `row_divergence` does all of them in one for a student at temperature 1, the
+paper's; what PyTorch composes here serves every other setting, and defines what that operator is
+tested against. To keep it short padding is filled such that the losses need no mask, and the extra
+outcome stands in [T, 1] tensors instead of a column K + 1.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from torch.nn import functional
 
 from megatron_pd.arguments import PDConfig
 from megatron_pd.errors import UserError
+from megatron_pd.ops import row_divergence
 from megatron_pd.targets import TeacherTargets, row_mask, truncate
 
-__all__ = ["Outcomes", "distillation_loss", "mix", "row_temperature"]
+__all__ = ["composed_loss", "distillation_loss", "mix", "row_temperature"]
 
 # A teacher's tail below this is the rounding of its float32 log-probabilities, whose LSE of about
 # 20 has an ulp of 2e-6. Left in, τ = 2 would make a bucket of 1e-6 one of 1e-3.
@@ -134,14 +137,46 @@ def distillation_loss(
         )
     if config.top_p is not None or config.top_k is not None:
         teacher = truncate(teacher, config.top_p, config.top_k)
+    if config.student_temperature == 1.0 and config.loss != "mse-logit":
+        return row_divergence(
+            logq_TK[..., : teacher.ids.shape[-1]],
+            label_logq_T,
+            teacher.ids,
+            teacher.logprobs.to(logq_TK.dtype),
+            teacher.counts,
+            labels_T,
+            row_temperature(config, teacher).to(logq_TK.dtype),
+            tail=config.tail,
+            loss=config.loss,
+            weight=_weight_name(config),
+            jsd_beta=config.jsd_beta or 0.5,
+        )
+    return composed_loss(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
+
+
+def composed_loss(
+    config: PDConfig,
+    teacher: TeacherTargets,
+    logq_TK: Tensor,
+    label_logq_T: Tensor,
+    labels_T: Tensor,
+    tempered_logq_TK: Tensor | None = None,
+) -> Tensor:
+    """`distillation_loss` from PyTorch operations, for every option; rows are truncated already.
+
+    This is the definition that the operator `row_divergence` is held to, and the place to add a
+    loss or a tail policy.
+    """
     rows = _rows(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
     if config.loss == "mse-logit":
         loss_T = _centred_logit_error(rows)
     else:
         loss_T = _divergence(config, _TAILS[config.tail](rows))
-    weight_T = _row_weight(config, rows)
-    if weight_T is not None:
-        loss_T = loss_T * weight_T
+    match _weight_name(config):
+        case "tau-squared":
+            loss_T = loss_T * rows.tau.square().squeeze(-1)
+        case "tempered-mass":
+            loss_T = loss_T * rows.tempered_log_mass.exp().squeeze(-1)
     return torch.where(teacher.counts > 0, loss_T, 0.0)
 
 
@@ -236,13 +271,11 @@ def _statistic(statistic_T: Tensor | None, name: str, config: PDConfig) -> Tenso
     return statistic_T
 
 
-def _row_weight(config: PDConfig, rows: _Rows) -> Tensor | None:
-    """[T], factor of a row's loss and gradient; None is 1."""
+def _weight_name(config: PDConfig) -> str:
+    """What a row's loss and gradient are multiplied by, as `row_divergence` names it."""
     if config.adaptive_temperature == "wttm":
-        return rows.tempered_log_mass.exp().squeeze(-1)
-    if config.tau_squared or config.adaptive_temperature == "normkd":
-        return rows.tau.square().squeeze(-1)
-    return None
+        return "tempered-mass"
+    return "tau-squared" if config.tau_squared or config.adaptive_temperature == "normkd" else "one"
 
 
 # ------------------------------------------------------------------------------ tail policies

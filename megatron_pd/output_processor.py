@@ -179,8 +179,9 @@ def _token_losses(
             temperature=config.student_temperature,
             tp_group=context.tp_group,
         )
-    label_logq_SB = logq_SBK[..., 0]
+    label_logq_SB1, teacher_logq_SBK = logq_SBK.split([1, teacher_SBK.ids.shape[-1]], dim=-1)
+    label_logq_SB = label_logq_SB1.squeeze(-1)
     kd_SB = distillation_loss(
-        config, teacher_SBK, logq_SBK[..., 1:], label_logq_SB, labels_SB, tempered_logq_SBK
+        config, teacher_SBK, teacher_logq_SBK, label_logq_SB, labels_SB, tempered_logq_SBK
     )
     return torch.stack([-label_logq_SB, kd_SB])

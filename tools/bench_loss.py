@@ -118,12 +118,11 @@ class _OutputLayer(torch.autograd.Function):
 def megatron_pd_loss(logits_SBV: Tensor, problem: Problem) -> Tensor:
     ids = torch.cat([problem.labels_SB.unsqueeze(-1).int(), problem.teacher_SBK.ids], dim=-1)
     logq, _ = sparse_log_softmax(logits_SBV, ids, inplace_backward=True)
-    lm = -logq[..., 0]
+    label_logq, teacher_logq = logq.split([1, problem.k], dim=-1)
+    lm = -label_logq.squeeze(-1)
     if problem.k == 0:
         return lm.mean()
-    kd = distillation_loss(
-        CONFIG, problem.teacher_SBK, logq[..., 1:], logq[..., 0], problem.labels_SB
-    )
+    kd = distillation_loss(CONFIG, problem.teacher_SBK, teacher_logq, -lm, problem.labels_SB)
     return torch.lerp(lm, kd, ALPHA).mean()
 
 

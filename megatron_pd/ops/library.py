@@ -14,8 +14,8 @@ __all__ = ["has_cuda_kernels", "operators"]
 
 _FOLDER = Path(__file__).parent
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-_CPU_LIBRARY = _FOLDER / f"_sparse_log_softmax{_SUFFIX}"
-_CUDA_LIBRARY = _FOLDER / f"_sparse_log_softmax_cuda{_SUFFIX}"
+_CPU_LIBRARY = _FOLDER / f"_operators{_SUFFIX}"
+_CUDA_LIBRARY = _FOLDER / f"_operators_cuda{_SUFFIX}"
 
 
 def _load(library: Path) -> None:
@@ -73,3 +73,11 @@ def _backward_shapes(logits_SBV: Tensor, *_: Tensor | int) -> Tensor:
 @torch.library.register_fake("megatron_pd::sparse_log_softmax_backward_")
 def _backward_in_place_shapes(logits_SBV: Tensor, *_: Tensor | int) -> None:
     return None
+
+
+@torch.library.register_fake("megatron_pd::row_divergence")
+def _row_divergence_shapes(
+    log_q_TK: Tensor, *_: Tensor | str | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss_T = log_q_TK.new_empty(log_q_TK.shape[0])
+    return loss_T, log_q_TK.new_empty(log_q_TK.shape), torch.empty_like(loss_T)

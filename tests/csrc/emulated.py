@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU, in the place of the compiled operators.
 
 `EmulatedOperators` has the operators' names and takes the same tensors, so that all of
-`sparse_log_softmax` can run on the kernels of csrc/sparse_log_softmax/cuda.
+`sparse_log_softmax` and `row_divergence` can run on the kernels of csrc/*/cuda.
 """
 
 import ctypes
@@ -9,7 +9,18 @@ import functools
 import os
 import subprocess
 import tempfile
-from ctypes import CDLL, Structure, byref, c_bool, c_float, c_int64, c_uint, c_uint16, c_void_p
+from ctypes import (
+    CDLL,
+    Structure,
+    byref,
+    c_bool,
+    c_float,
+    c_int,
+    c_int64,
+    c_uint,
+    c_uint16,
+    c_void_p,
+)
 from pathlib import Path
 
 import torch
@@ -90,6 +101,37 @@ def _problem(
     )
 
 
+class Divergence(Structure):
+    _fields_ = [("tail", c_int), ("loss", c_int), ("weight", c_int), ("beta", c_float)]
+
+    TAILS = ("renormalize", "raw", "ghost", "to-label", "decoupled", "sampled")
+    LOSSES = ("nll", "kld", "reverse-kld", "jsd", "mse-prob")
+    WEIGHTS = ("one", "tau-squared", "tempered-mass")
+
+    @classmethod
+    def named(cls, tail: str, loss: str, weight: str, beta: float) -> "Divergence":
+        indices = cls.TAILS.index(tail), cls.LOSSES.index(loss), cls.WEIGHTS.index(weight)
+        return cls(*indices, beta)
+
+
+class RowProblem(Structure):
+    _fields_ = [
+        ("log_q", c_void_p),
+        ("log_q_stride", c_int64),
+        ("label_log_q", c_void_p),
+        ("ids", c_void_p),
+        ("log_t", c_void_p),
+        ("counts", c_void_p),
+        ("labels", c_void_p),
+        ("temperatures", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("loss", c_void_p),
+        ("grad_log_q", c_void_p),
+        ("grad_label_log_q", c_void_p),
+    ]
+
+
 class EmulatedOperators:
     """`parts` is the number of blocks per row; `reversed` runs blocks and their threads in the
     opposite order; `gradient_offset` puts an out-of-place gradient that many elements after a
@@ -125,6 +167,25 @@ class EmulatedOperators:
             LOGIT_TYPES[logits_SBV.dtype], byref(arguments), c_uint(rows), self.reversed
         )
         return max_T, sums_T
+
+    def row_divergence(
+        self, log_q_TK: Tensor, label_log_q_T: Tensor, *others: Tensor | str | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, columns = log_q_TK.shape
+        inputs, names = others[:5], others[5:]
+        outputs = torch.empty(rows), torch.empty(rows, columns), torch.empty(rows)
+        problem = RowProblem(
+            log_q_TK.data_ptr(),
+            log_q_TK.stride(0),
+            *(tensor.data_ptr() for tensor in (label_log_q_T, *inputs)),
+            rows,
+            columns,
+            *(tensor.data_ptr() for tensor in outputs),
+        )
+        self.library.emulate_row_divergence(
+            byref(Divergence.named(*names)), byref(problem), self.reversed
+        )
+        return outputs
 
     def sparse_log_softmax_backward(self, logits_SBV: Tensor, *others: Tensor | int) -> Tensor:
         storage = logits_SBV.new_empty(self.gradient_offset + logits_SBV.numel())

@@ -1,6 +1,7 @@
 // The CUDA kernels compiled for the host, with a C interface for tests/csrc/test_emulated_kernels.py.
 #include "cuda_emulator.h"
 
+#include "../../csrc/row_divergence/cuda/kernel.cuh"
 #include "../../csrc/sparse_log_softmax/cuda/kernels.cuh"
 
 namespace {
@@ -49,6 +50,14 @@ void emulate_backward(int type, const BackwardArguments* arguments, unsigned row
     case LogitType::kFloat16:
       return backward<megatron_pd::Float16Logit>(*arguments, rows, reversed);
   }
+}
+
+void emulate_row_divergence(const megatron_pd::Divergence<float>& divergence,
+                            const megatron_pd::RowProblem<float>& problem, bool reversed) {
+  constexpr unsigned kRowsPerBlock = kThreads / megatron_pd::Warp::kSize;
+  const auto blocks = static_cast<unsigned>((problem.rows + kRowsPerBlock - 1) / kRowsPerBlock);
+  emulator::launch({blocks, 1}, kThreads, reversed,
+                   [&] { megatron_pd::row_divergence_kernel<kThreads>(divergence, problem); });
 }
 
 uint16_t emulate_narrow(int type, float x) {

@@ -36,9 +36,9 @@ def test_the_cuda_library_is_built_for_every_architecture_that_nvcc_knows() -> N
     """Its operators are registered, which takes loading it, and it has machine code for A100, H100
     and B200. It is not run: that takes a GPU (tools/gpu_check.py)."""
     assert has_cuda_kernels(), "nvcc is here, but `make build` made no CUDA library"
-    for name in ("forward", "backward", "backward_"):
-        operator = f"megatron_pd::sparse_log_softmax_{name}"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+    softmax = [f"sparse_log_softmax_{name}" for name in ("forward", "backward", "backward_")]
+    for name in (*softmax, "row_divergence"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_pd::{name}", "CUDA")
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return
     known = subprocess.check_output([find_nvcc(), "--list-gpu-code"], text=True).split()

@@ -18,11 +18,14 @@ from emulated import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from row_cases import RowCase, row_cases
 
+from megatron_pd.losses import distillation_loss
 from megatron_pd.ops import sparse_log_softmax
 
-# The module, whose name in the package is taken by its function.
+# The modules, whose names in the package are taken by their functions.
 MODULE = sys.modules["megatron_pd.ops.sparse_log_softmax"]
+ROW_MODULE = sys.modules["megatron_pd.ops.row_divergence"]
 DTYPES = list(LOGIT_TYPES)
 SANITIZED = "MEGATRON_PD_EMULATOR" in os.environ
 # Columns that take the emulator's 64 threads once through the loop over batches of vectors.
@@ -32,6 +35,7 @@ BATCH = {dtype: 64 * 4 * 16 // dtype.itemsize for dtype in DTYPES}
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(MODULE, "operators", EmulatedOperators())
+    monkeypatch.setattr(ROW_MODULE, "operators", EmulatedOperators())
     print(f"torch.manual_seed({torch.seed()})")
     yield
 
@@ -137,6 +141,26 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(logits.double(), expected[2], rtol=1e-2, atol=1e-6)
 
 
+@given(row_cases(), st.booleans())
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_row_divergence_agrees_with_the_cpu_operator(case: RowCase, reversed: bool) -> None:
+    """A warp's lanes share out what one thread does there, in the same code."""
+
+    def solve(operators: object) -> tuple[torch.Tensor, torch.Tensor]:
+        ROW_MODULE.operators = operators
+        log_q = case.log_q_TK.float().requires_grad_()
+        label_log_q = case.label_log_q_T.float().requires_grad_()
+        loss = distillation_loss(case.config, case.teacher, log_q, label_log_q, case.labels_T)
+        loss.sum().backward()
+        return loss.detach(), log_q.grad, label_log_q.grad
+
+    expected = solve(torch.ops.megatron_pd)
+    got = solve(EmulatedOperators(reversed=reversed))
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_number_conversions_of_the_emulator(dtype: torch.dtype) -> None:
     """All 65,536 numbers one way, random and border cases the other, against torch."""
@@ -200,7 +224,7 @@ def run_sanitized(library: Path, *arguments: str) -> subprocess.CompletedProcess
 
 @pytest.mark.skipif(SANITIZED, reason="this is the sanitized run")
 def test_under_address_and_undefined_behaviour_sanitizers(sanitized_library: Path) -> None:
-    tests = "reference or alignment or shards or strided or special or unknown"
+    tests = "reference or alignment or shards or strided or special or unknown or divergence"
     done = run_sanitized(sanitized_library, "-m", "pytest", "-x", __file__, "-k", tests)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
 
