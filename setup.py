@@ -7,9 +7,9 @@ Three shared libraries, from the folders under csrc/:
     megatron_pd/store/_logit_codec   the codec of the logit store (pybind11, no torch)
 
 The loops over the vocabulary on the CPU are one source compiled once per instruction set, so files
-need their own flags, and setuptools compiles an editable install into a fresh temporary folder each time. So the
-compiler is called here: objects stay in build/, and one is compiled again only when its command
-line or a file it includes has changed.
+need their own flags, and setuptools compiles an editable install into a fresh temporary folder
+each time. So the compiler is called here: objects stay in build/, and one is compiled again only
+when its command line or a file it includes has changed.
 
 Environment: MEGATRON_PD_BUILD_CUDA=0|1|auto (default auto: build if it can be built), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), CXX, MAX_JOBS.

@@ -354,7 +354,7 @@ def main() -> None:
         action="store_true",
         help="CPU seconds instead of the clock's, for a machine that others use (--threads 1)",
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--ours-alone", action="store_true", help="without the peers")
     parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
     options = parser.parse_args()
