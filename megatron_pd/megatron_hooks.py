@@ -7,10 +7,11 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import Timers
 from megatron.core.datasets import utils as datasets_utils
 from megatron.core.optimizer import distrib_optimizer
 
-__all__ = ["resume_distributed_optimizer", "skip_helpers_compilation"]
+__all__ = ["print_timer", "resume_distributed_optimizer", "skip_helpers_compilation"]
 
 
 def skip_helpers_compilation() -> None:
@@ -24,6 +25,21 @@ def skip_helpers_compilation() -> None:
     except ImportError:
         return
     datasets_utils.compile_helpers = lambda: None
+
+
+def print_timer(timers: Timers, name: str) -> None:
+    """Let Megatron's log print one more timer of level 2, after `batch-generator` and the others.
+
+    The training loop has a fixed list of names.
+    """
+    original = timers.log
+
+    @functools.wraps(original)
+    def log(names: list[str], *args: Any, **options: Any) -> None:
+        belongs = "batch-generator" in names and name not in names
+        original([*names, name] if belongs else names, *args, **options)
+
+    timers.log = log
 
 
 def resume_distributed_optimizer() -> None:

@@ -42,10 +42,14 @@ from megatron_pd.arguments import (
     resolve_schedule,
     total_samples,
 )
-from megatron_pd.data.batch import builds_dataset, get_batch
+from megatron_pd.data.batch import ROWS_TIMER, builds_dataset, get_batch
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
 from megatron_pd.losses import mix
-from megatron_pd.megatron_hooks import resume_distributed_optimizer, skip_helpers_compilation
+from megatron_pd.megatron_hooks import (
+    print_timer,
+    resume_distributed_optimizer,
+    skip_helpers_compilation,
+)
 from megatron_pd.output_processor import DistillationContext, distillation_output_processor
 from megatron_pd.record import changes, record_of, record_of_checkpoint
 from megatron_pd.schedules import AlphaSchedule, alpha_at
@@ -175,12 +179,14 @@ def _provide_datasets(
     elif distillation is None:
         dataset_class, config = GPTDataset, GPTDatasetConfig(**fields)
     else:
+        print_timer(get_timers(), ROWS_TIMER)  # there are no timers before pretrain()
         dataset_class = PDGPTDataset
         config = PDGPTDatasetConfig(
             **fields,
             stores=distillation.data.stores,
             teacher_columns=distillation.data.columns if _is_last_stage(vp_stage) else 0,
             teacher_statistic=distillation.data.statistic,
+            teacher_timed=args.timing_log_level >= 2,
         )
     return BlendedMegatronDatasetBuilder(
         dataset_class,

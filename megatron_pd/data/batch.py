@@ -5,6 +5,7 @@ broadcasts tokens, labels and masks from there to the other TP ranks; the teache
 same way on the last stage only, and are then cut for context parallelism with the rest.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,15 @@ import torch
 from megatron.core import mpu
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args
+from megatron.training import get_args, get_timers
 
-__all__ = ["builds_dataset", "get_batch"]
+__all__ = ["ROWS_TIMER", "builds_dataset", "get_batch"]
+
+ROWS_TIMER = "teacher-rows"
+"""Megatron's timer, of log level 2, of what the teacher's rows keep this process waiting: bringing
+them to the device and the other TP ranks, and of the wait for the data loader as much as gathering
+this micro-batch's rows took. (With `--num-workers 0` that is the time of gathering them; where
+workers do it beside the training, it is an upper bound.)"""
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # Keys that Megatron's functions look up for packed sequences, which this data loader has none of.
@@ -55,10 +62,13 @@ def get_batch(
     tp_rank = mpu.get_tensor_model_parallel_rank()
     is_last_stage = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     sample: dict[str, torch.Tensor] = {}
+    waited = 0.0
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         assert iterator is not None
+        begin = time.perf_counter()
         sample = next(iterator)
+        waited = time.perf_counter() - begin
         batch = {key: sample[key].cuda(non_blocking=True) for key in _KEYS if key in sample}
         batch = {**dict.fromkeys((*_KEYS, *_ABSENT)), **batch}
     training = torch.is_grad_enabled()
@@ -83,7 +93,13 @@ def get_batch(
     )
     if teacher_columns and is_last_stage:
         shape = (micro_batch_size, args.seq_length)
+        timer = get_timers()(ROWS_TIMER, log_level=2)
+        timer.start()
         batch.update(_broadcast_rows(sample, shape, teacher_columns, teacher_statistic))
+        timer.stop()
+        if "teacher_seconds" in sample:
+            gathering = float(sample["teacher_seconds"].sum())
+            timer.set_elapsed(timer.elapsed(reset=False) + min(waited, gathering))
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
@@ -94,7 +110,8 @@ def _broadcast_rows(
 ) -> dict[str, torch.Tensor]:
     """The sample's teacher rows on every TP rank; the first one has them."""
     if mpu.get_tensor_model_parallel_world_size() == 1:
-        keys = [key for key in sample if key.startswith("teacher_")]
+        keys = ["teacher_ids", "teacher_logprobs", "teacher_counts"]
+        keys += ["teacher_statistic"] if statistic else []
         return {key: sample[key].cuda(non_blocking=True) for key in keys}
     device = torch.cuda.current_device()
     rows = {

@@ -8,6 +8,7 @@ at s + 1, which is label s. Where a span ends with its document, that last row i
 document's first token has no teacher.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +38,16 @@ class PDGPTDatasetConfig(GPTDatasetConfig):
     teacher_statistic: str | None = None
     """A per-row column of the stores, "entropy" or "std", to go with the rows."""
 
+    teacher_timed: bool = False
+    """Whether a sample also says how long its rows took."""
+
 
 class PDGPTDataset(GPTDataset):
     """GPTDataset whose training samples also carry the teacher's rows.
 
     Adds to each sample: `teacher_ids` int32 [S, K] (−1 padded), `teacher_logprobs` float32 [S, K],
-    `teacher_counts` int32 [S], and with `teacher_statistic` also `teacher_statistic` float32 [S].
+    `teacher_counts` int32 [S]; with `teacher_statistic` also `teacher_statistic` float32 [S], and
+    with `teacher_timed` also `teacher_seconds`, a float.
     """
 
     config: PDGPTDatasetConfig
@@ -59,7 +64,8 @@ class PDGPTDataset(GPTDataset):
             sample.update(self._teacher_rows(self._store, 0 if idx is None else idx))
         return sample
 
-    def _teacher_rows(self, store: LogitStore, idx: int) -> dict[str, torch.Tensor]:
+    def _teacher_rows(self, store: LogitStore, idx: int) -> dict[str, Any]:
+        begin = time.perf_counter()
         length, columns = self.config.sequence_length, self.config.teacher_columns
         ids = np.full((length, columns), -1, dtype=np.int32)
         logprobs = np.zeros((length, columns), dtype=np.float32)
@@ -79,13 +85,15 @@ class PDGPTDataset(GPTDataset):
         store.gather(spans, ids[:rows], logprobs[:rows], counts[:rows], columns_out)
         # Rows without a teacher have no statistic; any number will do, but NaN would spread.
         np.nan_to_num(statistic, copy=False, nan=1.0)
-        rows_of_sample = {
+        rows_of_sample: dict[str, Any] = {
             "teacher_ids": torch.from_numpy(ids),
             "teacher_logprobs": torch.from_numpy(logprobs),
             "teacher_counts": torch.from_numpy(counts),
         }
         if name is not None:
             rows_of_sample["teacher_statistic"] = torch.from_numpy(statistic)
+        if self.config.teacher_timed:
+            rows_of_sample["teacher_seconds"] = time.perf_counter() - begin
         return rows_of_sample
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -113,6 +114,21 @@ def test_option(case: str, world: World, sampled_store: Path, default_kd_loss: n
 def test_chunks_change_nothing(world: World, default_kd_loss: np.ndarray) -> None:
     found = world.train(*world.from_student(), *LENGTH, "--pd-loss-chunk-tokens", 16, ranks=2)
     np.testing.assert_allclose(found["kd loss"], default_kd_loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_megatrons_timers_tell_what_the_rows_cost(workers: int, world: World) -> None:
+    flags = ("--pd", "--num-workers", workers, "--timing-log-level", 2)
+    argv = world.training_flags(*world.from_student(), *LENGTH, *flags)
+    log = world.runner.check("megatron_pd.pretrain", argv, ranks=2)
+
+    def milliseconds(timer: str) -> list[float]:
+        return [float(most) for most in re.findall(rf"{timer} \.+: \([\d.]+, ([\d.]+)\)", log)]
+
+    rows, fetching = milliseconds("teacher-rows"), milliseconds("batch-generator")
+    assert len(rows) == len(fetching) == ITERATIONS
+    for of_rows, of_all in zip(rows, fetching, strict=True):
+        assert 0 < of_rows < of_all
 
 
 def test_a_resumed_run_says_what_changed(world: World) -> None:
