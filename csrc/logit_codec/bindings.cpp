@@ -88,7 +88,7 @@ class BlockEncoder {
    public:
     BlockEncoder(const py::buffer& payload, uint32_t vocab_size, uint32_t draws, int value_bits)
         : tables_(bytes_of(payload.request()), checked_layout(vocab_size, draws, value_bits)),
-          rank_of_id_(tables_.rank_of_id()) {}
+          rank_of_id_(tables_.ranks()) {}
 
     py::bytes encode(const Array<int32_t>& counts, const Array<int32_t>& ids,
                      const Array<float>& logprobs) const {
@@ -111,7 +111,7 @@ class BlockEncoder {
 
    private:
     Tables tables_;
-    std::vector<uint32_t> rank_of_id_;
+    RankOfId rank_of_id_;
 };
 
 // Keeps the mapping alive as long as the shard.

@@ -1,11 +1,10 @@
 #include "block.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <string>
 
-#include "buckets.h"
+#include "numbers.h"
 
 namespace logit_codec {
 namespace {
@@ -39,178 +38,37 @@ void check_row(const Layout& layout, Span<const int32_t> ids, Span<const float> 
     if (twice != sorted.end()) throw BadRows("id " + std::to_string(*twice) + " comes twice");
 }
 
-// Equal draws come by rank: their order says nothing, and sorted ranks need fewer bits.
-void sort_ties(uint32_t count, uint32_t* ranks, const uint32_t* codes) {
-    for (uint32_t begin = 0, end; begin < count; begin = end) {
-        for (end = begin + 1; end < count && codes[end] == codes[begin];) ++end;
-        std::sort(ranks + begin, ranks + end);
+// Entries of one value come by rank: their order says nothing, and sorted ranks need fewer bits.
+void sort_ties(Span<uint32_t> ranks, const uint32_t* codes) {
+    for (size_t begin = 0, end; begin < ranks.size(); begin = end) {
+        for (end = begin + 1; end < ranks.size() && codes[end] == codes[begin];) ++end;
+        std::sort(ranks.begin() + begin, ranks.begin() + end);
     }
 }
 
-std::vector<uint8_t> write_numbers(const Tables& tables, const CodedRows& rows) {
-    struct Symbol {
-        uint8_t state, context, symbol;
-    };
-    std::vector<Symbol> symbols;
-    BitWriter raw;
-    for_each_number(tables.layout(), tables.grid(), rows, [&](int state, int context, uint32_t n) {
-        const Bucket bucket = bucket_of(n);
-        const bool known = tables.model(context).has(bucket.symbol);
-        symbols.push_back({uint8_t(state), uint8_t(context), known ? bucket.symbol : uint8_t(kEscape)});
-        if (!known) raw.put(bucket.symbol, 8);
-        raw.put(n - bucket.first, bucket.bits);
-    });
-    Encoder encoder;
-    for (size_t i = symbols.size(); i-- > 0;)
-        encoder.put(symbols[i].state, tables.model(symbols[i].context), symbols[i].symbol);
-    std::vector<uint8_t> out(4);
-    encoder.finish(out);
-    const uint32_t coded = uint32_t(out.size() - 4);
-    std::memcpy(out.data(), &coded, 4);
-    const std::vector<uint8_t> bits = raw.finish();
-    out.insert(out.end(), bits.begin(), bits.end());
-    return out;
+// ranks[i]: of ids[i], but for the order of ties.
+void rank_row(const Layout& layout, const Ranks& ranks, const RankOfId& rank_of_id,
+              Span<const int32_t> ids, const uint32_t* codes, Span<uint32_t> out) {
+    if (ids.empty()) return;
+    for (size_t i = 0; i < ids.size(); ++i) out[i] = rank_of_id.first(uint32_t(ids[i]));
+    if (layout.draws) {  // none of the most drawn is the first by itself
+        size_t tied = 1;
+        while (tied < out.size() && codes[tied] == codes[0]) ++tied;
+        std::swap(out[0], *std::min_element(out.begin(), out.begin() + tied));
+    }
+    const uint32_t of_class = ranks.class_of(out[0]);
+    for (size_t i = 1; i < out.size(); ++i) out[i] = rank_of_id.in_class(of_class, out[i]);
+    sort_ties(out.subspan(1), codes + 1);
 }
 
-struct NamedBucket {
-    uint32_t first, bits;
-};
-
-const auto kBuckets = [] {
-    std::array<NamedBucket, kSymbols> buckets{};
-    for (uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
-        const Bucket bucket = bucket_named(symbol);
-        buckets[symbol] = {bucket.first, uint32_t(bucket.bits)};
-    }
-    return buckets;
-}();
-
-// Reads what write_numbers wrote, into arrays of known sizes.
-class NumberReader {
-   public:
-    NumberReader(const Tables& tables, Bytes bytes)
-        : tables_(tables),
-          coded_(part(bytes, 4, load<uint32_t>(bytes, 0))),
-          raw_(bytes.subspan(4 + load<uint32_t>(bytes, 0))) {}
-
-    // The first counts.size() rows, of `rows`; returns how many entries they have.
-    size_t read(size_t rows, Span<uint32_t> counts, Span<uint32_t> ranks, Span<uint32_t> codes) {
-        const bool sampled = tables_.layout().draws != 0;
-        uint32_t previous = 0;
-        size_t entry = 0;
-        for (uint32_t& count : counts) {
-            const auto ranks_left = ranks.subspan(entry), codes_left = codes.subspan(entry);
-            count = sampled ? sampled_row(ranks_left, codes_left)
-                            : top_row(previous, ranks_left, codes_left);
-            previous = count;
-            entry += count;
-        }
-        if (counts.size() == rows) {
-            if (entry != ranks.size())
-                throw Corrupt("the rows have fewer entries than their block");
-            coded_.finish();
-            raw_.finish();
-        }
-        return entry;
-    }
-
-   private:
-    // A symbol of the alphabet, never the escape.
-    template <int state>
-    uint32_t symbol(const uint32_t* slots) {
-        uint32_t symbol = coded_.get<state>(slots);
-        if (symbol == kEscape) {
-            symbol = raw_.get(8);
-            if (symbol >= kSymbols) throw Corrupt("a symbol that does not exist");
-        }
-        return symbol;
-    }
-
-    uint32_t number_of(uint32_t symbol) {
-        const NamedBucket bucket = kBuckets[symbol];
-        return bucket.first + raw_.get(int(bucket.bits));
-    }
-
-    uint32_t value(const uint32_t* slots) {
-        const uint32_t found = symbol<1>(slots);
-        return found < kDirect ? found : number_of(found);  // most are; ids take either way
-    }
-
-    uint32_t id(int context) { return number_of(symbol<0>(tables_.slots(context))); }
-
-    uint32_t checked_rank(uint64_t rank) const {
-        if (rank >= tables_.layout().vocab_size) throw Corrupt("a rank beyond the vocabulary");
-        return uint32_t(rank);
-    }
-
-    uint32_t top_row(uint32_t previous_count, Span<uint32_t> ranks, Span<uint32_t> codes) {
-        const uint32_t count = value(
-            tables_.slots(kCountContext + octave_context(previous_count, kCountContexts)));
-        if (count > ranks.size()) throw Corrupt("the rows have more entries than their block");
-        const uint32_t* id_slots = tables_.slots(0);
-        const uint32_t* value_slots =
-            tables_.slots(kFirstValueContext + octave_context(count, kFirstValueContexts));
-        uint32_t most = tables_.grid().size() - 1;
-        for (uint32_t i = 0; i < count; ++i) {
-            const uint32_t below = value(value_slots);
-            if (below > most) throw Corrupt("a value below the grid");
-            codes[i] = most - below;
-            const Tables::AfterCode& after = tables_.after_code(codes[i]);
-            most = after.highest;
-            value_slots = tables_.slots_from(after.first_slot);
-            const uint32_t name = symbol<0>(id_slots);
-            id_slots = tables_.slots_from(tables_.first_slot_after(name));
-            ranks[i] = checked_rank(number_of(name));
-        }
-        return count;
-    }
-
-    uint32_t sampled_row(Span<uint32_t> ranks, Span<uint32_t> codes) {
-        const Layout& layout = tables_.layout();
-        uint32_t left = layout.draws, last = layout.draws, count = 0;
-        while (left) {
-            const int context =
-                count ? next_value_context(layout, codes[count - 1]) : kFirstValueContext;
-            const uint32_t most = std::min(last, left), below = value(tables_.slots(context));
-            if (below == most && count == 0) return 0;
-            if (below >= most) throw Corrupt("an entry without draws");
-            if (count == ranks.size()) throw Corrupt("the rows have more entries than their block");
-            codes[count] = most - below;
-            if (count && codes[count] == last)
-                ranks[count] = checked_rank(uint64_t(ranks[count - 1]) + 1 +
-                                            id(id_context(ranks[count - 1])));
-            else
-                ranks[count] = checked_rank(id(0));
-            left -= codes[count];
-            last = codes[count++];
-        }
-        return count;
-    }
-
-    const Tables& tables_;
-    Decoder coded_;
-    BitReader raw_;
-};
-
-// The first `wanted` of a stream's rows.
-CodedRows read_numbers(const Tables& tables, Bytes bytes, size_t rows, size_t entries,
-                       size_t wanted) {
-    check_size(entries, bytes, kCompactEntriesPerByte);
-    CodedRows coded{std::vector<uint32_t>(wanted), std::vector<uint32_t>(entries),
-                    std::vector<uint32_t>(entries)};
-    const size_t read =
-        NumberReader(tables, bytes).read(rows, coded.counts, coded.ranks, coded.codes);
-    coded.ranks.resize(read);
-    coded.codes.resize(read);
-    return coded;
+void id_row(const Ranks& ranks, Span<const uint32_t> row, int32_t* ids) {
+    if (row.empty()) return;
+    const uint32_t of_class = ranks.class_of(row[0]);
+    ids[0] = int32_t(ranks.first_id(row[0]));
+    for (size_t i = 1; i < row.size(); ++i) ids[i] = int32_t(ranks.id(of_class, row[i]));
 }
 
 }  // namespace
-
-void check_size(uint64_t entries, Bytes stream, double entries_per_byte) {
-    if (entries > (uint64_t(1) << 26) || double(entries) > double(stream.size()) * entries_per_byte)
-        throw Corrupt("more entries than the block's bytes can hold");
-}
 
 void check_rows(const Layout& layout, const Rows& rows) {
     std::vector<int32_t> scratch;
@@ -227,49 +85,51 @@ void check_rows(const Layout& layout, const Rows& rows) {
     }
 }
 
-CodedRows code_rows(const Layout& layout, const Grid& grid, Span<const uint32_t> rank_of_id,
-                    const Rows& rows) {
+CodedRows code_rows(const Layout& layout, const Grid& grid, const Ranks& ranks,
+                    const RankOfId& rank_of_id, const Rows& rows) {
     CodedRows coded;
     coded.counts.assign(rows.counts.begin(), rows.counts.end());
-    coded.ranks.reserve(rows.ids.size());
-    for (const int32_t id : rows.ids) coded.ranks.push_back(rank_of_id[size_t(id)]);
+    coded.tails.resize(rows.counts.size());
+    coded.ranks.resize(rows.ids.size());
     coded.codes.resize(rows.ids.size());
-    std::vector<double> scratch;
     size_t entry = 0;
-    for (const uint32_t count : coded.counts) {
+    for (size_t row = 0; row < rows.counts.size(); ++row) {
+        const size_t count = coded.counts[row];
+        const Span<const float> logprobs = rows.logprobs.subspan(entry, count);
         uint32_t* codes = coded.codes.data() + entry;
-        if (layout.draws) {
-            for (uint32_t i = 0; i < count; ++i)
-                codes[i] = draws_of(layout, rows.logprobs[entry + i]);
-            sort_ties(count, coded.ranks.data() + entry, codes);
-        } else {
-            grid.encode(rows.logprobs.data() + entry, count, codes, scratch);
-        }
+        if (layout.draws)
+            for (size_t i = 0; i < count; ++i) codes[i] = draws_of(layout, logprobs[i]);
+        else
+            coded.tails[row] = grid.encode(logprobs, codes);
+        rank_row(layout, ranks, rank_of_id, rows.ids.subspan(entry, count), codes,
+                 {coded.ranks.data() + entry, count});
         entry += count;
     }
     return coded;
 }
 
-std::vector<uint8_t> encode_compact(const Tables& tables, Span<const uint32_t> rank_of_id,
+std::vector<uint8_t> encode_compact(const Tables& tables, const RankOfId& rank_of_id,
                                     const Rows& rows) {
-    return write_numbers(tables, code_rows(tables.layout(), tables.grid(), rank_of_id, rows));
+    return write_numbers(
+        tables, code_rows(tables.layout(), tables.grid(), tables.ranks(), rank_of_id, rows));
 }
 
 void decode_compact(const Tables& tables, Bytes bytes, size_t rows, Span<int32_t> counts,
                     Span<int32_t> ids, Span<float> logprobs) {
     const CodedRows coded = read_numbers(tables, bytes, rows, ids.size(), counts.size());
     std::copy(coded.counts.begin(), coded.counts.end(), counts.begin());
-    for (size_t i = 0; i < coded.ranks.size(); ++i) ids[i] = int32_t(tables.id(coded.ranks[i]));
     const uint32_t draws = tables.layout().draws;
-    if (draws) {
-        std::vector<float> table(draws + 1);
-        for (uint32_t n = 1; n <= draws; ++n) table[n] = float(std::log(double(n) / draws));
-        for (size_t i = 0; i < coded.codes.size(); ++i) logprobs[i] = table[coded.codes[i]];
-        return;
-    }
+    std::vector<float> log_share(draws + 1);
+    for (uint32_t n = 1; n <= draws; ++n) log_share[n] = float(std::log(double(n) / draws));
     size_t entry = 0;
-    for (const uint32_t count : coded.counts) {
-        tables.grid().decode(coded.codes.data() + entry, count, logprobs.data() + entry);
+    for (size_t row = 0; row < coded.counts.size(); ++row) {
+        const size_t count = coded.counts[row];
+        const Span<const uint32_t> codes(coded.codes.data() + entry, count);
+        id_row(tables.ranks(), {coded.ranks.data() + entry, count}, ids.data() + entry);
+        if (draws)
+            for (size_t i = 0; i < count; ++i) logprobs[entry + i] = log_share[codes[i]];
+        else
+            tables.grid().decode(codes, coded.tails[row], logprobs.data() + entry);
         entry += count;
     }
 }
@@ -284,6 +144,7 @@ std::vector<uint8_t> slice_compact(const Tables& tables, Bytes bytes, uint32_t r
         numbers = {numbers.begin() + first, numbers.begin() + first + n};
     };
     keep(coded.counts, first_row, row_count);
+    keep(coded.tails, first_row, row_count);
     keep(coded.ranks, begin, size);
     keep(coded.codes, begin, size);
     return write_numbers(tables, coded);

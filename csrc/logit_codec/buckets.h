@@ -18,10 +18,19 @@ struct Bucket {
     uint32_t first;  // its smallest number
 };
 
-// Bits that a number needs: 0 for 0, 1 for 1, 2 for 2 and 3, ...
-inline int bit_width(uint32_t number) { return number ? 32 - __builtin_clz(number) : 0; }
+// Bits that a number below 2^31 needs: 0 for 0, 1 for 1, 2 for 2 and 3, ...
+inline int bit_width(uint32_t number) { return 31 - __builtin_clz(2 * number + 1); }
 
 inline int log2_floor(uint32_t number) { return bit_width(number) - 1; }
+
+// A number near a guess as a small number, and back (to a huge one where it would be negative).
+inline uint32_t zigzag(uint32_t number, uint32_t guess) {
+    return number >= guess ? 2 * (number - guess) : 2 * (guess - number) - 1;
+}
+
+inline uint32_t unzigzag(uint32_t coded, uint32_t guess) {
+    return coded & 1 ? guess - (coded / 2 + 1) : guess + coded / 2;
+}
 
 inline Bucket bucket_of(uint32_t number) {
     if (number < kDirect) return {uint8_t(number), 0, number};

@@ -89,6 +89,19 @@ class BitWriter {
         for (; used_ >= 8; used_ -= 8, pending_ >>= 8) out_.push_back(uint8_t(pending_));
     }
 
+    // As many zeros, and a one.
+    void put_unary(uint32_t number) {
+        for (; number >= 16; number -= 16) put(0, 16);
+        put(1u << number, int(number) + 1);
+    }
+
+    // Elias's gamma code of a number that isn't 0.
+    void put_gamma(uint32_t number) {
+        const int bits = 31 - __builtin_clz(number);
+        put_unary(uint32_t(bits));
+        put(number & ((1u << bits) - 1), bits);
+    }
+
     std::vector<uint8_t> finish() {
         if (used_ > 0) out_.push_back(uint8_t(pending_));
         return std::move(out_);
@@ -133,6 +146,17 @@ class BitReader {
         const uint64_t word = bytes_.peek<uint64_t>(position_ >> 3) >> (position_ & 7);
         position_ += size_t(bits);
         return uint32_t(word & ((uint64_t(1) << bits) - 1));
+    }
+
+    uint32_t get_unary(uint32_t most) {
+        for (uint32_t number = 0; number <= most; ++number)
+            if (get(1)) return number;
+        throw Corrupt("a number that is too large where it stands");
+    }
+
+    uint32_t get_gamma() {
+        const uint32_t bits = get_unary(24);
+        return (1u << bits) | get(int(bits));
     }
 
     // All bytes must be used, and the bits that fill the last one be zero.

@@ -1,25 +1,33 @@
-// Log-probabilities as whole numbers.
+// Probabilities as whole numbers.
 //
-// A row's probabilities p_1 >= p_2 >= ... break a stick of length 1: p_i is the fraction f_i of
-// what the stronger entries left, R_i = 1 - p_1 - ... - p_{i-1}.  The code of an entry is the
-// log-odds of f_i, rounded to a grid of step 48 / 2^bits from -30 on.  The divergence of the
-// decoded row from the given one, its tail (the mass of no entry) included, is by the chain rule
+// The code of a probability p is the nearest point of a grid of roots, sqrt(p).  In the root every
+// entry costs the same: an error of e in it costs about 2 e^2 nats, however likely the entry is, so
+// that even steps spend the fewest bits for a given divergence.  Below eight steps the grid becomes
+// finer with every octave, so that no probability is off by more than an eighth or so.
 //
-//     KL = sum_i R_i KL(f_i || decoded f_i) <= step^2 / 8 * sum_i p_i (1 - f_i),
+// The tail (the mass of no entry) has a code like an entry, and the decoded probabilities are the
+// squares of all roots over their sum.  So decoded masses never exceed 1, and with w = root^2
 //
-// so no row, however peaked or flat, is worse than step^2 / 8 (2.8e-4 nats at 10 bits), decoded
-// masses never exceed 1, and the tail is kept to the same relative precision as an entry.
+//     KL = sum_i p_i log(p_i / w_i) + log(sum_i w_i) <= sum_i (p_i log(p_i / w_i) - p_i + w_i),
+//
+// whose terms are at most 0.52 step^2 each.  For rows of very many entries there is Hoeffding's
+// lemma: as no two log(p_i / w_i) are further than 2 log(9/8) apart, KL <= log(9/8)^2 / 2 = 0.0069.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <vector>
+
+#include "buckets.h"
+#include "span.h"
 
 namespace logit_codec {
 
 inline constexpr int kMinValueBits = 8, kMaxValueBits = 14;
+
+// Halves of the octaves of roots that a grid spans.
+inline constexpr int kValueKinds = 2 * 19;
 
 class Grid {
    public:
@@ -33,79 +41,80 @@ class Grid {
         return grids[size_t(bits - kMinValueBits)];
     }
 
-    uint32_t size() const { return size_; }
+    // The code of probability 1, the largest.
+    uint32_t top() const { return top_; }
 
-    // Codes of one row of n falling log-probabilities.  `rest` is scratch.
-    void encode(const float* logprobs, uint32_t n, uint32_t* codes, std::vector<double>& rest) const {
-        remaining(logprobs, n, rest);
-        for (uint32_t i = 0; i < n; ++i) {
-            const double odds = rest[i] > 0 ? double(logprobs[i]) - std::log(rest[i]) : 1e9;
-            const double place = std::clamp((odds + 30) / step_ + 0.5, 0.0, double(size_ - 1));
-            codes[i] = std::min(uint32_t(place), i ? highest_[codes[i - 1]] : size_ - 1);
-        }
+    // Square of a code's root.  65,536 of them don't overflow.
+    uint64_t weight(uint32_t code) const { return weight_[code]; }
+
+    // The code of the tail that the weights of a row's entries suggest.
+    uint32_t likely_tail(uint64_t weights) const {
+        const uint64_t rest = weight_[top_] - std::min(weights, weight_[top_]);
+        return code_below(uint32_t(std::sqrt(double(rest))));
     }
 
-    // Rounding may have put neighbours out of order by a step; they are put back in order.
-    void decode(const uint32_t* codes, uint32_t n, float* logprobs) const {
-        double rest = 0;
-        uint32_t moves = 0;
-        for (uint32_t i = 0; i < n; ++i) {
-            const auto value = float(rest + log_f_[codes[i]]);
-            rest += log_rest_[codes[i]];
-            uint32_t place = i;
-            if (moves < kManyMoves * n)
-                for (; place && logprobs[place - 1] < value; --place, ++moves)
-                    logprobs[place] = logprobs[place - 1];
-            logprobs[place] = value;
+    // Codes of one row of falling log-probabilities; returns its tail's.
+    uint32_t encode(Span<const float> logprobs, uint32_t* codes) const {
+        double tail = 1;
+        for (size_t i = 0; i < logprobs.size(); ++i) {
+            const double root = std::exp(0.5 * double(logprobs[i]));
+            codes[i] = nearest(root);
+            tail -= root * root;
         }
-        if (moves >= kManyMoves * n) std::sort(logprobs, logprobs + n, std::greater<>());
+        return nearest(std::sqrt(std::max(tail, 0.0)));  // the teacher's own rounding may exceed 1
     }
 
-    // The largest code that can follow `code`, since p_i <= p_{i-1} means f_i <= f_{i-1} / (1 -
-    // f_{i-1}).
-    uint32_t highest(uint32_t code) const { return highest_[code]; }
+    void decode(Span<const uint32_t> codes, uint32_t tail, float* logprobs) const {
+        uint64_t total = weight_[tail];
+        for (const uint32_t code : codes) total += weight_[code];
+        const double log_total = std::log(double(total));
+        for (size_t i = 0; i < codes.size(); ++i)
+            logprobs[i] = float(log_weight_[codes[i]] - log_total);
+    }
+
+    // Which half of which octave a code's root is in, below kValueKinds.
+    int kind(uint32_t code) const {
+        const uint32_t number = root(code);
+        const int octave = log2_floor(number);
+        return 2 * (octave - kPointsLog2) + int(number >> (octave - 1) & 1);
+    }
 
    private:
     explicit Grid(int bits)
-        : size_(1u << bits), step_(48.0 / size_), log_f_(size_), log_rest_(size_), highest_(size_) {
-        for (uint32_t code = 0; code < size_; ++code) {
-            const double odds = odds_of(code);
-            log_f_[code] = -std::log1p(std::exp(-odds));
-            log_rest_[code] = -std::log1p(std::exp(odds));
-            highest_[code] = highest_after(odds + step_ / 2);
+        : fine_octaves_(23 - bits),
+          top_((75u << (bits - 8)) + (uint32_t(fine_octaves_) - 1) * kPoints) {
+        for (uint32_t code = 0; code <= top_; ++code) {
+            weight_.push_back(uint64_t(root(code)) * root(code));
+            log_weight_.push_back(2 * std::log(double(root(code))));
         }
     }
 
-    double odds_of(uint32_t code) const { return code * step_ - 30; }
-
-    uint32_t highest_after(double odds) const {
-        if (odds >= 0) return size_ - 1;
-        const double next = odds - std::log(-std::expm1(odds));  // log-odds of exp(odds)
-        return std::min(uint32_t(std::ceil((next + 30) / step_)), size_ - 1);
+    // sqrt(p) in units of the finest step: kPoints in every octave, then all steps alike.
+    uint32_t root(uint32_t code) const {
+        const uint32_t octave = std::min(code / kPoints, uint32_t(fine_octaves_));
+        return (kPoints + code - octave * kPoints) << octave;
     }
 
-    // rest[i] = what entry i leaves.  Float32 rounding of the teacher can make the sum exceed 1;
-    // then what is left is what the later entries need.
-    static void remaining(const float* logprobs, uint32_t n, std::vector<double>& rest) {
-        rest.resize(n);
-        double after = 0;
-        for (uint32_t i = n; i-- > 0;) {
-            rest[i] = after;
-            after += std::exp(double(logprobs[i]));
-        }
-        double left = 1;
-        for (uint32_t i = 0; i < n; ++i) {
-            left -= std::exp(double(logprobs[i]));
-            rest[i] = std::max(rest[i], left);
-        }
+    // The largest code whose root is at most this one.
+    uint32_t code_below(uint32_t root) const {
+        if (root < kPoints) return 0;
+        const int octave = std::min(log2_floor(root) - kPointsLog2, fine_octaves_);
+        return (root >> octave) - kPoints + uint32_t(octave) * kPoints;
     }
 
-    static constexpr uint32_t kManyMoves = 8;  // per entry: only hostile rows need more
+    uint32_t nearest(double share) const {
+        const double place = std::min(share, 1.0) * root(top_);
+        const uint32_t below = code_below(uint32_t(place));
+        return below + (below < top_ && 2 * place > double(root(below)) + root(below + 1));
+    }
 
-    uint32_t size_;
-    double step_;
-    std::vector<double> log_f_, log_rest_;
-    std::vector<uint32_t> highest_;
+    static constexpr int kPointsLog2 = 3;
+    static constexpr uint32_t kPoints = 1u << kPointsLog2;
+
+    int fine_octaves_;
+    uint32_t top_;
+    std::vector<uint64_t> weight_;
+    std::vector<double> log_weight_;
 };
 
 }  // namespace logit_codec

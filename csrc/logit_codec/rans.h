@@ -17,6 +17,7 @@ namespace logit_codec {
 inline constexpr uint32_t kFrequencyBits = 11, kTotal = 1u << kFrequencyBits;
 inline constexpr uint32_t kLowest = 1u << 16;  // states lie in [2^16, 2^32)
 inline constexpr uint32_t kEscape = 255;       // a symbol that the model lacks: 8 raw bits follow
+inline constexpr double kRare = 4 * kTotal;    // a model lacks what comes less than once in so many
 
 // Frequencies of symbols, summing to kTotal.  The escape always has one.
 struct Model {
@@ -28,12 +29,18 @@ struct Model {
     bool has(uint32_t symbol) const { return frequency[symbol] != 0; }
 };
 
-// Rounds counts to frequencies of at least 1 by giving the largest what rounding leaves.
+// Rounds counts to frequencies of at least 1 by giving the largest what rounding leaves.  Rare
+// symbols are left to the escape, which is cheaper than a whole slot for each.
 inline Model Model::fit(const std::array<double, 256>& counts) {
     Model model;
     std::array<double, 256> wanted = counts;
     wanted[kEscape] += 1;
     const double total = std::accumulate(wanted.begin(), wanted.end(), 0.0);
+    for (uint32_t s = 0; s < kEscape; ++s) {
+        if (wanted[s] >= total / kRare) continue;
+        wanted[kEscape] += wanted[s];
+        wanted[s] = 0;
+    }
     int left = kTotal;
     for (int s = 0; s < 256; ++s) {
         if (wanted[s] <= 0) continue;
@@ -60,12 +67,19 @@ inline void Model::place() {
     if (sum != kTotal) throw Corrupt("a model's frequencies do not sum to 2048");
 }
 
-// What each slot of a model decodes to, in 32 bits: symbol, slot - start, frequency - 1.
-inline void append_slots(std::vector<uint32_t>& slots, const Model& model) {
-    for (uint32_t symbol = 0; symbol < 256; ++symbol)
-        for (uint32_t i = 0; i < model.frequency[symbol]; ++i)
-            slots.push_back(symbol | (i << 8) | ((model.frequency[symbol] - 1u) << 20));
-}
+// A model as a decoder wants it; small, so that the models of the commonest contexts stay near.
+struct DecodingModel {
+    std::array<uint8_t, kTotal> symbol;             // of each slot
+    std::array<uint32_t, 256> start_and_frequency;  // of each symbol, in the low and the high half
+
+    explicit DecodingModel(const Model& model) {
+        uint8_t* slot = symbol.data();
+        for (uint32_t s = 0; s < 256; ++s) {
+            slot = std::fill_n(slot, model.frequency[s], uint8_t(s));
+            start_and_frequency[s] = model.start[s] | uint32_t(model.frequency[s]) << 16;
+        }
+    }
+};
 
 // Symbols must be put in the reverse of the order in which they are read.
 class Encoder {
@@ -93,7 +107,7 @@ class Encoder {
 };
 
 // Past the end of its words a Decoder reads zeros; `finish` then throws.  Whether a state takes a
-// word is as good as random, so it is computed and not branched on.
+// word is as good as random, so it is computed with: compilers make a branch of a mere choice.
 class Decoder {
    public:
     explicit Decoder(Bytes bytes)
@@ -101,15 +115,15 @@ class Decoder {
           states_{load<uint32_t>(bytes, 0), load<uint32_t>(bytes, 4)} {}
 
     template <int state>
-    uint32_t get(const uint32_t* slots) {
+    uint32_t get(const DecodingModel& model) {
         uint32_t& x = states_[state];
-        const uint32_t slot = slots[x & (kTotal - 1)];
-        x = ((slot >> 20) + 1) * (x >> kFrequencyBits) + ((slot >> 8) & (kTotal - 1));
-        const uint32_t more = (x << 16) | words_.peek<uint16_t>(next_);
-        const bool low = x < kLowest;
-        x = low ? more : x;
-        next_ += size_t(low) * 2;
-        return slot & 255;
+        const uint32_t slot = x & (kTotal - 1), symbol = model.symbol[slot];
+        const uint32_t place = model.start_and_frequency[symbol];
+        x = (place >> 16) * (x >> kFrequencyBits) + slot - (place & 0xFFFF);
+        const uint32_t more = uint32_t(x < kLowest) * 16;
+        x = (x << more) | (words_.peek<uint16_t>(next_) & ((1u << more) - 1));
+        next_ += more / 8;
+        return symbol;
     }
 
     void finish() const {

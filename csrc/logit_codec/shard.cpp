@@ -9,11 +9,12 @@
 #include <string>
 
 #include "block.h"
+#include "numbers.h"
 
 namespace logit_codec {
 namespace {
 
-// Parsed tables of the shards in use: about 1.2 MB each at a vocabulary of 150,000, so a store of
+// Parsed tables of the shards in use: about 1.3 MB each at a vocabulary of 150,000, so a store of
 // thousands of shards cannot keep all of them.
 class TablesCache {
    public:

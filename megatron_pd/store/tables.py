@@ -17,7 +17,8 @@ class TablesTrainer:
     """Keeps the tables that the next blocks are coded with.
 
     Tables made of the first rows fit later ones less well, so they are made again whenever the
-    entries seen have grown fourfold: a handful of times, each time a percent of what is written.
+    entries seen have grown fourfold: a handful of times, each time at most a few percent of what is
+    written.
     """
 
     def __init__(self, vocab_size: int, draws: int, value_bits: int) -> None:

@@ -82,8 +82,9 @@ class LogitStoreWriter:
     only be left; the next one goes on.  It holds some 100 MB beside 32 bytes per document.
 
     codec       "compact" (default), or "exact" (float32 log-probabilities).
-    value_bits  resolution of `compact`: 10 bits cost at most 2.8e-4 nats a row and 5e-5 on average,
-                each further bit leaves a quarter of that and takes about 0.8 bits per entry.
+    value_bits  resolution of `compact`: 10 bits cost about 2e-6 nats per entry of a row, at most
+                three times that; each further bit leaves a quarter of it and takes about a bit per
+                entry.
     corpus      binds the shard to the corpus by a hash of every document's tokens.
     token_digests  uint64 [documents of the shard]: these hashes themselves, in place of the corpus
                 (copies of a store have `LogitStore.token_digests`).

@@ -97,8 +97,8 @@ def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--dump-codec",
         choices=sorted(CODECS),
         default="compact",
-        help="compact: about a fifth of the bytes, at most 3e-4 nats off per row (at 10 value "
-        "bits); exact: float32 log-probabilities.",
+        help="compact: about a fifth of the bytes, at most 3e-4 nats off per row of 50 entries (at "
+        "10 value bits); exact: float32 log-probabilities.",
     )
     group.add_argument(
         "--dump-value-bits",
@@ -106,7 +106,7 @@ def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         choices=range(MIN_VALUE_BITS, MAX_VALUE_BITS + 1),
         default=10,
         help="Resolution of compact log-probabilities: each bit more quarters their error "
-        "and costs about 0.1 bytes per entry.",
+        "and costs about an eighth of a byte per entry.",
     )
     return parser
 

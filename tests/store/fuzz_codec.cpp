@@ -9,6 +9,7 @@
 #include <random>
 
 #include "block.h"
+#include "numbers.h"
 #include "shard.h"
 
 using namespace logit_codec;
@@ -171,10 +172,11 @@ int main(int, char** arguments) {
         check_rows(layout, rows.view());
         std::vector<uint64_t> id_counts(layout.vocab_size);
         for (const int32_t id : rows.ids) ++id_counts[size_t(id)];
-        const std::vector<uint8_t> payload = Tables::train(layout, id_counts, rows.view());
+        const std::vector<uint8_t> payload =
+            Tables::train(layout, id_counts, rows.view(), 1 + below(200));
         const Tables tables(payload, layout);
         const std::vector<uint8_t> compact =
-            encode_compact(tables, tables.rank_of_id(), rows.view());
+            encode_compact(tables, RankOfId(tables.ranks()), rows.view());
         const std::vector<uint8_t> exact = encode_exact(rows.view());
         decode(layout, &tables, compact, rows.counts.size(), rows.ids.size());
         for (int variant = 0; variant < 200 && input < inputs; ++variant, ++input) {

@@ -6,6 +6,8 @@ describes. It checks what it needs to get along and is slow.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import json
 import math
@@ -102,36 +104,52 @@ def exact(stream: bytes, rows: int) -> list[tuple[list[int], list[float]]]:
 
 class Tables:
     def __init__(self, payload: bytes) -> None:
-        vocab_size, seen, models_bytes = struct.unpack_from("<III", payload)
-        at, self.models = 12, []
-        for _ in range(90):
-            frequency = [0] * 256
-            symbols = payload[at]
-            for i in range(symbols):
-                symbol, count = struct.unpack_from("<BH", payload, at + 1 + 3 * i)
-                frequency[symbol] = count
-            at += 1 + 3 * symbols
-            slots = [s for s in range(256) for _ in range(frequency[s])]
-            assert len(slots) == 2048
-            starts = [sum(frequency[:s]) for s in range(256)]
-            self.models.append((slots, starts, frequency))
-        assert at == 12 + models_bytes
-        bits = Bits(payload[at:])
-        self.id_of_rank: list[int] = []
-        for first, last in rank_ranges(seen):
-            mean = vocab_size * 177 // 256 // (last - first)
-            low_bits = mean.bit_length() - 1 if mean else 0
-            following = 0
-            for _ in range(first, last):
-                high = 0
-                while not bits.get(1):
-                    high += 1
-                following += (high << low_bits) + bits.get(low_bits)
-                self.id_of_rank.append(following)
-                following += 1
-        bits.finish()
+        vocab_size, seen = struct.unpack_from("<II", payload)
+        bits = Bits(payload[8:])
+        self.id_of_rank = read_list(bits, seen, vocab_size)
         known = set(self.id_of_rank)
         self.id_of_rank += [id_ for id_ in range(vocab_size) if id_ not in known]
+        self.class_of: list[int] = []
+        self.class_ranks: list[list[int]] = []
+        if classes := bits.get(8):
+            common = min(seen, 2048)
+            width = (classes - 1).bit_length()
+            self.class_of = [bits.get(width) for _ in range(common + 1)]
+            self.class_ranks = [read_list(bits, common, common) for _ in range(classes)]
+        self.models = [read_model(bits) for _ in range(314)]
+        bits.finish()
+
+    def ids(self, ranks: list[int]) -> list[int]:
+        """Ids of a row."""
+        if ranks and self.class_of:
+            here = self.class_ranks[self.class_of[min(ranks[0], len(self.class_of) - 1)]]
+            ranks = ranks[:1] + [here[r] if r < len(here) else r for r in ranks[1:]]
+        return [self.id_of_rank[rank] for rank in ranks]
+
+
+def read_list(bits: Bits, n: int, total: int) -> list[int]:
+    found: list[int] = []
+    for first, last in rank_ranges(n):
+        mean = total * 177 // 256 // (last - first)
+        low_bits = mean.bit_length() - 1 if mean else 0
+        following = 0
+        for _ in range(first, last):
+            following += (bits.unary() << low_bits) + bits.get(low_bits)
+            found.append(following)
+            following += 1
+    return found
+
+
+def read_model(bits: Bits) -> tuple[list[int], list[int], list[int]]:
+    frequency = [0] * 256
+    symbol = -1
+    for _ in range(bits.gamma() - 1):
+        symbol += bits.gamma()
+        frequency[symbol] = bits.gamma()
+    frequency[255] = 2048 - sum(frequency)
+    slots = [s for s in range(256) for _ in range(frequency[s])]
+    assert frequency[255] > 0 and len(slots) == 2048
+    return slots, [sum(frequency[:s]) for s in range(256)], frequency
 
 
 def first_of(symbol: int) -> tuple[int, int]:
@@ -156,6 +174,16 @@ class Bits:
     def get(self, bits: int) -> int:
         self.at += bits
         return self.number >> (self.at - bits) & ((1 << bits) - 1)
+
+    def unary(self) -> int:
+        zeros = 0
+        while not self.get(1):
+            zeros += 1
+        return zeros
+
+    def gamma(self) -> int:
+        width = self.unary()
+        return 1 << width | self.get(width)
 
     def finish(self) -> None:
         assert self.length - 8 < self.at <= self.length or self.at == self.length == 0
@@ -201,54 +229,78 @@ def compact(
         else:
             ranks, logprobs = top_row(numbers, count, value_bits)
         count = len(ranks)
-        out.append(([numbers.tables.id_of_rank[rank] for rank in ranks], logprobs))
+        out.append((numbers.tables.ids(ranks), logprobs))
     numbers.finish()
     return out
 
 
+@functools.cache
+class Grid:
+    def __init__(self, value_bits: int) -> None:
+        self.octaves = 23 - value_bits
+        self.top = 75 * 2 ** (value_bits - 8) + 8 * self.octaves - 8
+        self.squares = [self.root(code) ** 2 for code in range(self.top + 1)]
+
+    def root(self, code: int) -> int:
+        octave = min(code // 8, self.octaves)
+        return (8 + code - 8 * octave) << octave
+
+    def kind(self, code: int) -> int:
+        root = self.root(code)
+        octave = root.bit_length() - 1
+        return 2 * (octave - 3) + (root >> (octave - 1) & 1)
+
+    def likely_tail(self, codes: list[int]) -> int:
+        rest = self.squares[-1] - sum(self.squares[code] for code in codes)
+        return max(bisect.bisect_right(self.squares, rest) - 1, 0)
+
+
 def top_row(numbers: Numbers, count_before: int, value_bits: int) -> tuple[list[int], list[float]]:
-    size = 1 << value_bits
-    step = 48 / size
-    count = numbers.get(1, 26 + min(count_before.bit_length(), 7))
+    grid = Grid(value_bits)
+    count = numbers.get(1, 32 + min(count_before.bit_length(), 7))
+    if count == 0:
+        return [], []
     ranks: list[int] = []
-    logprobs, log_left, code = [], 0.0, 0
+    codes: list[int] = []
     for i in range(count):
         if i == 0:
-            code = size - 1 - numbers.get(1, 34 + min(count.bit_length(), 7))
-            ranks.append(numbers.get(0, 0))
+            codes.append(grid.top - numbers.get(1, 40 + min(count.bit_length(), 7)))
         else:
-            code = highest(code, value_bits) - numbers.get(1, 42 + min(code * 48 // size, 47))
-            ranks.append(numbers.get(0, 1 + min(ranks[-1].bit_length(), 24)))
-        odds = code * step - 30
-        logprobs.append(log_left - math.log1p(math.exp(-odds)))
-        log_left -= math.log1p(math.exp(odds))
-    return ranks, sorted(logprobs, reverse=True)
+            context = 86 + 38 * place(i) + grid.kind(codes[-1])
+            codes.append(codes[-1] - numbers.get(1, context))
+        ranks.append(next_rank(numbers, ranks, codes))
+    likely = grid.likely_tail(codes)
+    coded = numbers.get(1, 48 + grid.kind(likely))
+    tail = likely - (coded + 1) // 2 if coded % 2 else likely + coded // 2
+    log_total = math.log(sum(grid.squares[code] for code in [*codes, tail]))
+    return ranks, [2 * math.log(grid.root(code)) - log_total for code in codes]
 
 
-def highest(code: int, value_bits: int) -> int:
-    size = 1 << value_bits
-    step = 48 / size
-    odds = code * step - 30 + step / 2
-    if odds >= 0:
-        return size - 1
-    return min(size - 1, math.ceil((odds - math.log(-math.expm1(odds)) + 30) / step))
+def place(i: int) -> int:
+    return min(i.bit_length() - 1, 5)
+
+
+def next_rank(numbers: Numbers, ranks: list[int], values: list[int]) -> int:
+    """The rank of a row's last value, from the ranks before."""
+    i = len(ranks)
+    if i == 0:
+        return numbers.get(0, 0)
+    if i > 1 and values[-1] == values[-2]:
+        return ranks[-1] + 1 + numbers.get(0, 7 + ranks[-1].bit_length())
+    return numbers.get(0, 1 + place(i))
 
 
 def sampled_row(numbers: Numbers, draws: int) -> tuple[list[int], list[float]]:
     left = last = draws
     ranks: list[int] = []
-    logprobs: list[float] = []
-    times = 0
+    times: list[int] = []
     while left:
-        context = 42 + min(times, 47) if ranks else 34
-        times = min(last, left) - numbers.get(1, context)
-        if not ranks and times == 0:
+        i = len(ranks)
+        context = 86 + 38 * place(i) + min(last, 37) if i else 40
+        last = min(last, left) - numbers.get(1, context)
+        if last == 0:
             break
-        if ranks and times == last:
-            following = numbers.get(0, 1 + min(ranks[-1].bit_length(), 24))
-            ranks.append(ranks[-1] + 1 + following)
-        else:
-            ranks.append(numbers.get(0, 0))
-        logprobs.append(math.log(times / draws))
-        left, last = left - times, times
-    return ranks, logprobs
+        times.append(last)
+        ranks.append(next_rank(numbers, ranks, times))
+        left -= last
+    return ranks, [math.log(n / draws) for n in times]

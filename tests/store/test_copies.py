@@ -173,7 +173,7 @@ def test_stopped_recode_goes_on(tmp_path, rng, number):
     expected = LogitStore(tmp_path / "a")
     assert verify_store(tmp_path / "b") == []
     for found, document in zip(rows_of(tmp_path / "b"), range(200), strict=True):
-        np.testing.assert_array_equal(found.ids, expected.read(document).ids)
+        assert_rows_equal(found, expected.read(document), exact=False)
 
 
 def test_damaged_source_is_one_sentence(tmp_path, rng, monkeypatch, capsys):

@@ -181,10 +181,9 @@ def test_compact_keeps_ids_and_nearly_all_of_the_distribution(tmp_path, rng, val
     for document, rows in expected.items():
         found = store.read(document)
         np.testing.assert_array_equal(found.counts, rows.counts)
-        width = found.ids.shape[1]
-        np.testing.assert_array_equal(found.ids, rows.ids[:, :width])
+        assert_rows_equal(found, rows, exact=False)
         assert (np.diff(found.logprobs, axis=1)[found.ids[:, 1:] >= 0] <= 0).all()
         kl.append(dense_kl(rows, TeacherRows.concatenate([found, TeacherRows.empty(0, 12)])))
-    step = 48 / 2**value_bits
-    assert np.concatenate(kl).max() <= step**2 / 8 + 1e-6
-    assert np.concatenate(kl).mean() <= step**2 / 24
+    steps, outcomes = 75 * 2 ** (value_bits - 8), 12 + 1
+    assert np.concatenate(kl).max() <= 0.52 * outcomes / steps**2 + 1e-6
+    assert np.concatenate(kl).mean() <= 0.52 * outcomes / steps**2 / 3

@@ -1,0 +1,73 @@
+// Which id has which rank.
+//
+// A row's first id says much about the others: after a likely verb come other verbs.  So first ids
+// are divided into classes, and a row's other ids have the ranks of its class: how many ids come
+// more often in such rows.  Classes differ in the commonest ids; behind those, ranks are the same
+// for all, as they are for the first ids of rows.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "bytes.h"
+#include "rows.h"
+
+namespace logit_codec {
+
+class Ranks {
+   public:
+    // A class takes about two percent of the bytes of so many entries.
+    static constexpr size_t kEntriesPerClass = 1 << 16;
+
+    // id_counts: how often each id was seen so far; sample: rows to find classes in.
+    static Ranks train(Span<const uint64_t> id_counts, const Rows& sample,
+                       size_t entries_per_class = kEntriesPerClass);
+
+    // Throws Corrupt unless every id has one rank, in every class.
+    Ranks(BitReader& in, uint32_t vocab_size, uint32_t seen);
+    void put(BitWriter& out) const;
+
+    // Ids with ranks from here on were not seen when the ranks were made.
+    uint32_t seen() const { return seen_; }
+    uint32_t vocab_size() const { return uint32_t(ids_.size()); }
+    uint32_t first_id(uint32_t rank) const { return ids_[rank]; }
+
+    // The class of a row whose first id has this rank.
+    uint32_t class_of(uint32_t rank) const { return class_of_[std::min(rank, common_)]; }
+    uint32_t id(uint32_t of_class, uint32_t rank) const {
+        return rank < common_ ? class_ids_[of_class * common_ + rank] : ids_[rank];
+    }
+
+    size_t bytes() const { return 4 * (ids_.size() + class_ids_.size()); }
+
+   private:
+    friend class RankOfId;
+    Ranks() = default;
+    void make_classes(Span<const uint32_t> rank_of_id, const Rows& sample, uint32_t classes);
+
+    uint32_t seen_ = 0;
+    std::vector<uint32_t> ids_;  // by rank
+    uint32_t classes_ = 0;  // 0: all rows are alike
+    uint32_t common_ = 0;  // how many ranks depend on the class; 0 without classes
+    std::vector<uint8_t> class_of_{0};  // of the first ids of these ranks, then of all others
+    std::vector<uint32_t> class_ids_;   // by class and rank
+};
+
+// The inverse, for encoders.
+class RankOfId {
+   public:
+    explicit RankOfId(const Ranks& ranks);
+
+    // The rank of a first id, and what becomes of it in a class.
+    uint32_t first(uint32_t id) const { return rank_[id]; }
+    uint32_t in_class(uint32_t of_class, uint32_t rank) const {
+        return rank < common_ ? class_rank_[of_class * common_ + rank] : rank;
+    }
+
+   private:
+    uint32_t common_;
+    std::vector<uint32_t> rank_;
+    std::vector<uint32_t> class_rank_;  // by class and rank among all rows
+};
+
+}  // namespace logit_codec
