@@ -7,7 +7,7 @@ namespace logit_codec {
 namespace {
 
 constexpr int kRounds = 8;
-constexpr float kPrior = 200;  // numbers of all rows that every class is taken to have seen
+constexpr float kPrior = 3000;  // numbers of all rows that every class is taken to have seen
 
 std::vector<uint32_t> count_by_class(const Company& company, const std::vector<uint8_t>& of_first,
                                      uint32_t classes) {
