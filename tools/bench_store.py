@@ -34,6 +34,7 @@ from tqdm import tqdm
 from megatron_pd import cpu
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
 from megatron_pd.store.format import Footer, Manifest, ShardHeader, shard_name
+from megatron_pd.store.writer import BLOCK_ROWS
 
 cpu.install()  # before Megatron is imported
 
@@ -282,7 +283,7 @@ def zstd_attempts(data: Rows) -> list[tuple[str, float, float]]:
     raw_bytes = (id_bits.sum() + value_bits.sum()) / 8
     ends = np.concatenate([[0], np.cumsum(counts)])
     whole = np.array([0, len(counts)])
-    blocks = np.append(np.arange(0, len(counts), 512), len(counts))
+    blocks = np.append(np.arange(0, len(counts), BLOCK_ROWS), len(counts))
 
     def total(streams: list[np.ndarray], level: int, cuts: np.ndarray) -> tuple[float, float]:
         compressor = zstandard.ZstdCompressor(level=level)
@@ -306,7 +307,7 @@ def zstd_attempts(data: Rows) -> list[tuple[str, float, float]]:
         "byte planes of ids and fp16 log-probs, one stream": (plain, whole, 0.0),
         "byte planes of ranks and grid codes, one stream": (ranked, whole, 0.0),
         "our symbols + raw bits, one stream": (symbols, whole, raw),
-        "our symbols + raw bits, blocks of 512 rows": (symbols, blocks, raw),
+        f"our symbols + raw bits, blocks of {BLOCK_ROWS} rows": (symbols, blocks, raw),
     }
     tries = []
     for level in (3, 19):
@@ -375,7 +376,7 @@ def open_sparse_store(folder: Path, shards: int = 256, shard_bytes: int = 8 << 3
     path.mkdir()
     (path / "store.json").write_bytes(manifest.to_bytes())
     rows = int(lengths.sum())
-    blocks = rows // 512 + 1
+    blocks = rows // BLOCK_ROWS + 1
     index_bytes = 8 * (documents + 1 + 2 * blocks)
     crc_bytes = 4 * -(-index_bytes // 4096)
     for shard in range(shards):
