@@ -435,7 +435,7 @@ def _centred_logit_error(rows: _Rows) -> Tensor:
     length = rows.mask.sum(-1, keepdim=True)
     gap = torch.where(rows.mask, rows.tempered_log_t - rows.log_q / rows.student_tau, 0.0)
     centred = gap - gap.sum(-1, keepdim=True) / length
-    return _sum(centred.square(), rows.mask).squeeze(-1) / length.squeeze(-1)
+    return (_sum(centred.square(), rows.mask) / length).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------ numerics

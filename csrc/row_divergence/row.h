@@ -16,11 +16,7 @@
 #include <cstdint>
 #include <limits>
 
-#ifdef __CUDACC__
-#define MEGATRON_PD_HOST_DEVICE __host__ __device__
-#else
-#define MEGATRON_PD_HOST_DEVICE
-#endif
+#include "../host_device.h"
 
 namespace megatron_pd {
 

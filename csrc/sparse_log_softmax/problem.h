@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MEGATRON_PD_HOST_DEVICE __host__ __device__
-#else
-#define MEGATRON_PD_HOST_DEVICE
-#endif
+#include "../host_device.h"
 
 namespace megatron_pd {
 

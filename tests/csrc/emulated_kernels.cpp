@@ -54,7 +54,7 @@ void emulate_backward(int type, const BackwardArguments* arguments, unsigned row
 
 void emulate_row_divergence(const megatron_pd::Divergence<float>& divergence,
                             const megatron_pd::RowProblem<float>& problem, bool reversed) {
-  constexpr unsigned kRowsPerBlock = kThreads / megatron_pd::Warp::kSize;
+  constexpr unsigned kRowsPerBlock = kThreads / megatron_pd::kWarpSize;
   const auto blocks = static_cast<unsigned>((problem.rows + kRowsPerBlock - 1) / kRowsPerBlock);
   emulator::launch({blocks, 1}, kThreads, reversed,
                    [&] { megatron_pd::row_divergence_kernel<kThreads>(divergence, problem); });

@@ -19,11 +19,10 @@
 
 #include "launch.h"
 #include "logits.cuh"
+#include "../../warp.cuh"
 
 namespace megatron_pd {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBatch = 4;  // vectors that a thread has under way, to cover the memory's latency
 constexpr int kBlocksPerMultiprocessor = 2;  // of the two kernels that pass over the logits
 
@@ -181,9 +180,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(ForwardArguments in) {
 template <int kThreads>
 __device__ __forceinline__ float sum_over_block(float own) {
   __shared__ float warp_sum[kThreads / kWarpSize];
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    own += __shfl_xor_sync(kAllLanes, own, distance);
-  }
+  own = sum_over_warp(own);
   if (threadIdx.x % kWarpSize == 0) warp_sum[threadIdx.x / kWarpSize] = own;
   __syncthreads();
   float all = 0.0f;
