@@ -8,6 +8,7 @@ appears last: a corpus that can be opened is complete.
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +155,11 @@ _worker_tokenizer: Any = None
 
 
 def _start_worker(config: Any) -> None:
+    # The pool ends its workers by SIGTERM. A Python handler, inherited from the command, may come
+    # just before a worker waits for the next documents and then never run: the pool would wait for
+    # ever. Ctrl-C is for the parent to answer.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _worker_tokenizer
     _worker_tokenizer = _build_tokenizer(config)
 

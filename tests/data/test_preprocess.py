@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import random
+import signal
 
 import pytest
 import tokenizers
@@ -7,7 +9,7 @@ import transformers
 from megatron.training.config import TokenizerConfig
 
 from megatron_pd.data.corpus import MegatronCorpus
-from megatron_pd.data.preprocess import preprocess
+from megatron_pd.data.preprocess import _start_worker, preprocess
 from megatron_pd.data.train_tokenizer import train_tokenizer
 from megatron_pd.errors import UserError
 
@@ -38,6 +40,28 @@ def decode(config, ids):
     import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_file=config.tokenizer_model).decode(ids)
+
+
+def test_a_waiting_worker_dies_by_sigterm(tokenizer):
+    """The command's own handler for SIGTERM is not its workers': the pool ends them so."""
+
+    def wait_for_work(ready):
+        _start_worker(tokenizer)
+        ready.set()
+        signal.pause()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        context = multiprocessing.get_context("fork")
+        ready = context.Event()
+        worker = context.Process(target=wait_for_work, args=(ready,))
+        worker.start()
+        assert ready.wait(60)
+        worker.terminate()
+        worker.join(60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("workers", [1, 3])
