@@ -51,6 +51,8 @@ class ModelSize:
         return self.iterations * GLOBAL_BATCH * SEQUENCE_LENGTH
 
 
+DISTIL = "train the student, PD*"
+
 # The long decay is worth a tenth of a nat to the teacher, and the student has to have something to
 # learn from it; both students have one schedule.
 TEACHER = ModelSize(layers=4, hidden=256, iterations=350, lr=2e-3, decay_iterations=140)
@@ -98,6 +100,9 @@ class Demo:
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
+
+    def log_of(self, stage: str) -> Path:
+        return self.logs / (re.sub(r"\W+", "-", stage.lower()).strip("-") + ".log")
 
     def run(self) -> None:
         columns = (
@@ -155,8 +160,11 @@ class Demo:
         )
         yield "train the student, LM only", self._train("student_lm_only", "student", STUDENT)
         yield (
-            "train the student, PD*",
-            [*self._train("student_pd", "student", STUDENT), "--pd-recipe", "pd-star"],
+            DISTIL,
+            [
+                *self._train("student_pd", "student", STUDENT),
+                *("--pd-recipe", "pd-star", "--timing-log-level", "2"),
+            ],
         )
         for model in ("teacher", "student_lm_only", "student_pd"):
             yield (
@@ -199,7 +207,7 @@ class Demo:
         if callable(command):
             command()
             return
-        log = self.logs / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".log")
+        log = self.log_of(name)
         with open(log, "w") as output:
             output.write(" ".join(command) + "\n")
             output.flush()
@@ -323,12 +331,25 @@ def _figures(demo: Demo) -> dict:
     figures["store_bytes"] = store.nbytes
     figures["store_bytes_per_token"] = store.nbytes / store.num_rows
     figures["mean_entries_per_token"] = store.num_entries / store.num_rows
+    figures["milliseconds_per_step"], figures["of_them_waiting_for_rows"] = _step_and_wait(
+        demo.log_of(DISTIL).read_text()
+    )
     figures["seconds"] = {**demo.seconds, "total": round(sum(demo.seconds.values()), 1)}
     figures["versions"] = {
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "megatron-core", "numpy", "sentencepiece")},
     }
     return figures
+
+
+def _step_and_wait(log: str) -> tuple[float, float]:
+    """Milliseconds of a step, and of the slower rank's wait for the teacher's rows in it.
+
+    From what Megatron printed; the first interval, in which everything starts, is left out.
+    """
+    steps = re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)
+    waits = re.findall(r"teacher-rows \.+: \([\d.]+, ([\d.]+)\)", log)
+    return np.mean(np.float64(steps[1:])).item(), np.mean(np.float64(waits[1:])).item()
 
 
 def _rows(figures: dict) -> list[tuple[str, str, str, str]]:
@@ -361,6 +382,10 @@ def _markdown(figures: dict) -> str:
         f"Logit store: {figures['store_bytes']:,} bytes, "
         f"{figures['store_bytes_per_token']:.1f} per token, "
         f"{figures['mean_entries_per_token']:.1f} entries per token.",
+        "",
+        f"A step of PD* took {figures['milliseconds_per_step']:.0f} ms and waited "
+        f"{figures['of_them_waiting_for_rows']:.2f} ms of them for the teacher's rows (Megatron's "
+        "timer `teacher-rows`).",
         "",
         "| stage | seconds |",
         "| --- | ---: |",

@@ -15,13 +15,14 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 
+from megatron_pd.data.prefetch import prefetch
+
 __all__ = ["ROWS_TIMER", "builds_dataset", "get_batch"]
 
 ROWS_TIMER = "teacher-rows"
 """Megatron's timer, of log level 2, of what the teacher's rows keep this process waiting: bringing
-them to the device and the other TP ranks, and of the wait for the data loader as much as gathering
-this micro-batch's rows took. (With `--num-workers 0` that is the time of gathering them; where
-workers do it beside the training, it is an upper bound.)"""
+them to the device and the other TP ranks, and of the wait for the micro-batch as much as gathering
+its rows took, an upper bound."""
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # Keys that Megatron's functions look up for packed sequences, which this data loader has none of.
@@ -61,11 +62,14 @@ def get_batch(
         return dict.fromkeys(_KEYS)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     is_last_stage = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    has_rows = teacher_columns > 0 and is_last_stage
     sample: dict[str, torch.Tensor] = {}
     waited = 0.0
     batch: dict[str, Any] = {}
     if tp_rank == 0:
         assert iterator is not None
+        if has_rows:
+            prefetch(iterator)
         begin = time.perf_counter()
         sample = next(iterator)
         waited = time.perf_counter() - begin
@@ -91,7 +95,7 @@ def get_batch(
         ),
         is_pipeline_last_stage=is_last_stage,
     )
-    if teacher_columns and is_last_stage:
+    if has_rows:
         shape = (micro_batch_size, args.seq_length)
         timer = get_timers()(ROWS_TIMER, log_level=2)
         timer.start()
