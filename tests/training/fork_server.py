@@ -31,6 +31,7 @@ MODULES = (
     "megatron_pd.pretrain",
     "megatron_pd.teacher.dump",
     "corpus_job",
+    "prefetch_job",
     "validate_job",
 )
 TIMEOUT_S = 240

@@ -131,6 +131,13 @@ def test_megatrons_timers_tell_what_the_rows_cost(workers: int, world: World) ->
         assert 0 < of_rows < of_all
 
 
+def test_micro_batches_with_rows_are_fetched_ahead(world: World) -> None:
+    for flags, micro_batches in ((["--pd"], 2 * ITERATIONS), ([], 0)):
+        argv = world.training_flags(*world.from_student(), *LENGTH, *flags)
+        log = world.runner.check("prefetch_job", argv, ranks=2)
+        assert log.count(f"fetched ahead: {micro_batches} micro-batches") == 2
+
+
 def test_a_resumed_run_says_what_changed(world: World) -> None:
     checkpoint = world.folder / "changing"
     saving = ("--save", checkpoint, "--save-interval", 2)
