@@ -7,7 +7,7 @@ import pytest
 from megatron.core.rerun_state_machine import (
     RerunDataIterator,
     RerunMode,
-    get_rerun_state_machine,
+    destroy_rerun_state_machine,
     initialize_rerun_state_machine,
 )
 
@@ -47,9 +47,7 @@ def test_an_error_is_raised_where_its_item_is_asked_for() -> None:
             next(prefetched)
 
 
-def test_an_iterator_replays_what_was_taken_and_nothing_fetched_ahead(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_iterator_replays_what_was_taken_and_nothing_fetched_ahead() -> None:
     initialize_rerun_state_machine(mode=RerunMode.REPORT_DETERMINISM_STATS)
     try:
         iterator = RerunDataIterator(iter(range(9)))
@@ -62,4 +60,4 @@ def test_an_iterator_replays_what_was_taken_and_nothing_fetched_ahead(
         iterator.advance()
         assert [next(iterator) for _ in range(7)] == list(range(2, 9))
     finally:
-        get_rerun_state_machine().set_mode(RerunMode.DISABLED)
+        destroy_rerun_state_machine()
