@@ -2,9 +2,9 @@
 
     make demo && .venv/bin/python tools/bench_rows.py --output docs/rows-benchmark.md
 
-Repeats the demo's PD* run, shortened, and one of the size of its teacher (14 minutes), and reads what Megatron's
-timer `teacher-rows` printed. With and without take turns; figures are means over the iterations
-but the first and over the repeats, waits those of the slower rank.
+Repeats the demo's PD* run, shortened, and one of the size of its teacher, and reads what Megatron's
+timer `teacher-rows` printed: 14 minutes on two cores. With and without take turns; figures are
+means over the iterations but the first and over the repeats, waits those of the slower rank.
 """
 
 import argparse
