@@ -1,30 +1,12 @@
 """Tokenizer, corpus, teacher store and the student's first weights, made once for all tests."""
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import LAYOUTS, PD_STAR, JobRunner, World
-
-DOCUMENTS = 300
-VOCAB_SIZE = 370  # 384 with Megatron's padding
-
-
-def write_text(path: Path, seed: int) -> None:
-    """Sentences of a language with 60 words, in which a word says much about the next one."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
-    followers = {word: rng.sample(words, 4) for word in words}
-    with path.open("w") as lines:
-        for _ in range(DOCUMENTS):
-            word, text = rng.choice(words), []
-            for _ in range(rng.randint(1, 60)):
-                text.append(word)
-                word = rng.choice(followers[word])
-            lines.write('{"text": "' + " ".join(text) + '."}\n')
+from jobs import LAYOUTS, PD_STAR, VOCAB_SIZE, JobRunner, World, write_text
 
 
 @pytest.fixture(scope="session")

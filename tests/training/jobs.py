@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import uuid
@@ -14,6 +15,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = 300
+VOCAB_SIZE = 370  # 384 with Megatron's padding
 
 ARCHITECTURE = """
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 64
@@ -165,3 +168,17 @@ def curves(events: Path) -> dict[str, np.ndarray]:
         tag: np.array([event.value for event in accumulator.Scalars(tag)])
         for tag in accumulator.Tags()["scalars"]
     }
+
+
+def write_text(path: Path, seed: int) -> None:
+    """Sentences of a language with 60 words, in which a word says much about the next one."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
+    followers = {word: rng.sample(words, 4) for word in words}
+    with path.open("w") as lines:
+        for _ in range(DOCUMENTS):
+            word, text = rng.choice(words), []
+            for _ in range(rng.randint(1, 60)):
+                text.append(word)
+                word = rng.choice(followers[word])
+            lines.write('{"text": "' + " ".join(text) + '."}\n')

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import VOCAB_SIZE, write_text
-from jobs import ROOT, Outcome, World, environment
+from jobs import ROOT, VOCAB_SIZE, Outcome, World, environment, write_text
 
 
 def assert_refused(outcome: Outcome, *words: str) -> None:

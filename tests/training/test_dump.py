@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCAB_SIZE
-from jobs import World
+from jobs import VOCAB_SIZE, World
 
 from megatron_pd.store import LogitStore, StoreError
 

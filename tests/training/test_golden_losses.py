@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "assets" / "losses"
 LAYOUTS = {"plain": 1, "tp2": 2}
 COLUMNS = ("lm loss", "kd loss", "grad-norm")
 STEPS = 20
-TOLERANCE = 2e-3  # relative; several times what AVX2 kernels change of AVX-512's
+TOLERANCE = 1e-3  # relative; the AVX2 kernels of an AVX-512 machine changed up to 1.5e-4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
