@@ -62,7 +62,7 @@ def add_copy_arguments(
 
 def print_store(store: "LogitStore", as_json: bool) -> None:
     """One line about a store that was written."""
-    from megatron_pd.store.inspect import summary
+    from megatron_pd.store.admin.inspect import summary
 
     figures = summary(store)
     if as_json:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_parquet(args: argparse.Namespace) -> int:
     from megatron_pd.store import LogitStore
-    from megatron_pd.store.parquet import to_parquet
+    from megatron_pd.store.admin.parquet import to_parquet
 
     store = LogitStore(args.store)
     with progress_bar(store.num_rows) as progress:
@@ -57,7 +57,7 @@ def _to_parquet(args: argparse.Namespace) -> int:
 
 
 def _from_parquet(args: argparse.Namespace) -> int:
-    from megatron_pd.store.parquet import from_parquet
+    from megatron_pd.store.admin.parquet import from_parquet
 
     corpus = None
     if args.corpus is not None:

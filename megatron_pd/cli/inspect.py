@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_pd.store import LogitStore
-    from megatron_pd.store.inspect import plot_histograms, summary, window
+    from megatron_pd.store.admin.inspect import plot_histograms, summary, window
 
     store = LogitStore(args.store, allow_partial=True)
     figures = summary(store)

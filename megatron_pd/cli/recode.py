@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_pd.store import LogitStore
-    from megatron_pd.store.recode import recode
+    from megatron_pd.store.admin.recode import recode
 
     store = LogitStore(args.store)
     with progress_bar(store.num_rows) as progress:

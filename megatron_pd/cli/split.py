@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_pd.store import LogitStore, StoreError
-    from megatron_pd.store.copy import SHARD_ROWS, Part, copy, even_ranges, whole
+    from megatron_pd.store.admin.merge import SHARD_ROWS, Part, copy, even_ranges, whole
 
     if not (args.parts or args.at or args.shard_tokens):
         raise StoreError("Say how to split: --shard-tokens, --parts or --at.")

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_pd.store import LogitStore
-    from megatron_pd.store.scan import sampled_documents
-    from megatron_pd.store.stats import store_stats
+    from megatron_pd.store.admin.scan import sampled_documents
+    from megatron_pd.store.admin.stats import store_stats
 
     store = LogitStore(args.store, allow_partial=True)
     lengths = store.document_lengths

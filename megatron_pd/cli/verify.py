@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_pd.store.verify import verify_corpus, verify_store
+    from megatron_pd.store.admin.verify import verify_corpus, verify_store
 
     store = Path(args.store)
     size = sum(file.stat().st_size for file in store.glob("*.shard"))

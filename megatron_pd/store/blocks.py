@@ -17,7 +17,7 @@ from megatron_pd.store.format import (
     FrameHeader,
     ShardHeader,
 )
-from megatron_pd.store.rows import COLUMNS, StoreError, TeacherRows
+from megatron_pd.store.types import COLUMNS, StoreError, TeacherRows
 
 __all__ = ["CodedBlock", "RaggedRows", "Tables", "encode_frame", "tables_frame"]
 

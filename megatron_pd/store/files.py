@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_pd.store.rows import StoreError
+from megatron_pd.store.types import StoreError
 
 __all__ = ["AppendFile", "fsync_directory", "publish_once", "write_error"]
 

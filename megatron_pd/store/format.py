@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_pd.store.rows import StoreError
+from megatron_pd.store.types import StoreError
 
 __all__ = [
     "CODECS",

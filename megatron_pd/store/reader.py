@@ -19,8 +19,8 @@ from megatron_pd.store.format import (
     lengths_digest,
     parse_shard_name,
 )
-from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.shard import Shard
+from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
 
 __all__ = ["LogitStore"]
 

@@ -23,7 +23,7 @@ from megatron_pd.store.format import (
     ShardHeader,
     token_digest,
 )
-from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
 
 __all__ = ["Shard"]
 

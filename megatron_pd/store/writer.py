@@ -34,8 +34,8 @@ from megatron_pd.store.format import (
     shard_name,
     token_digest,
 )
-from megatron_pd.store.rows import COLUMNS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.tables import TablesTrainer
+from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
 
 __all__ = ["LogitStoreWriter"]
 

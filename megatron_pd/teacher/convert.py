@@ -48,9 +48,9 @@ from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fin
 from megatron_pd.data.dataset import dataset_fields
 from megatron_pd.data.order import CorpusOrder, SampleSpan, corpus_orders
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
-from megatron_pd.store.copy import plan_shards
-from megatron_pd.store.parallel import Report, run_jobs
-from megatron_pd.store.stats import kept_mass
+from megatron_pd.store.admin.merge import plan_shards
+from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.stats import kept_mass
 from megatron_pd.teacher.cached_logits import CachedLogits, Flush, sample_rows
 from megatron_pd.teacher.data import training_prefixes
 

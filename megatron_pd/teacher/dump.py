@@ -30,7 +30,7 @@ from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fin
 from megatron_pd.data.windows import Batch, Window, batches_of, windows_of
 from megatron_pd.store import LogitStoreWriter, TeacherRows
 from megatron_pd.store._logit_codec import MAX_VALUE_BITS, MIN_VALUE_BITS
-from megatron_pd.store.copy import even_ranges
+from megatron_pd.store.admin.merge import even_ranges
 from megatron_pd.store.format import CODECS
 from megatron_pd.targets import check_truncation
 from megatron_pd.teacher.capture import CapturedRows, capture_rows

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from independent_reader import Tables, read_store
 
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
-from megatron_pd.store.verify import verify_store
+from megatron_pd.store.admin.verify import verify_store
 
 
 def top_rows(rng: np.random.Generator, n: int, vocab_size: int, width: int) -> TeacherRows:

@@ -13,8 +13,8 @@ from random_rows import random_rows
 
 from megatron_pd.cli import main
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store.admin.verify import verify_store
 from megatron_pd.store.shard import Shard
-from megatron_pd.store.verify import verify_store
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def large(tmp_path):
 
 
 def test_verify_names_every_bad_block_from_several_processes(large, monkeypatch, capsys):
-    monkeypatch.setattr("megatron_pd.store.verify._RUN_BLOCKS", 4)
+    monkeypatch.setattr("megatron_pd.store.admin.verify._RUN_BLOCKS", 4)
     bad = damage(next(large.glob("*.shard")), np.random.default_rng(), 7)
     status, out = command(monkeypatch, capsys, "verify", large, "--json", "--workers", 3)
     problems = json.loads(out)["problems"]
@@ -116,7 +116,7 @@ def test_verify_names_every_bad_block_from_several_processes(large, monkeypatch,
 
 
 def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
-    monkeypatch.setattr("megatron_pd.store.verify._RUN_BLOCKS", 4)
+    monkeypatch.setattr("megatron_pd.store.admin.verify._RUN_BLOCKS", 4)
     shard = next(large.glob("*.shard"))
     damage(shard, np.random.default_rng(), 1)
     journal = large.parent / "journal"

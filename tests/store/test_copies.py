@@ -18,8 +18,8 @@ from random_rows import RandomCorpus, assert_rows_equal, random_rows
 
 from megatron_pd.cli import main
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
-from megatron_pd.store.recode import cut_rows
-from megatron_pd.store.verify import verify_store
+from megatron_pd.store.admin.recode import cut_rows
+from megatron_pd.store.admin.verify import verify_store
 from megatron_pd.targets import TeacherTargets, truncate
 
 VOCAB = 211

@@ -19,7 +19,7 @@ from random_rows import RandomCorpus, assert_rows_equal, random_rows
 
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows, files
-from megatron_pd.store.verify import verify_store
+from megatron_pd.store.admin.verify import verify_store
 
 VOCAB, DOCUMENTS = 101, 12
 

@@ -13,7 +13,7 @@ from random_rows import RandomCorpus, assert_rows_equal, random_rows
 
 from megatron_pd.cli import main
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
-from megatron_pd.store.parquet import from_parquet, to_parquet
+from megatron_pd.store.admin.parquet import from_parquet, to_parquet
 
 VOCAB = 131
 

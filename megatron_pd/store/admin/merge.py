@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pd.store.admin.parallel import Report, run_jobs
 from megatron_pd.store.blocks import CodedBlock
-from megatron_pd.store.parallel import Report, run_jobs
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import StoreError
+from megatron_pd.store.types import StoreError
 from megatron_pd.store.writer import LogitStoreWriter
 
 __all__ = [

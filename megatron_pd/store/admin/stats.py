@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.scan import document_groups, sampled_documents, scan
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import TeacherRows
-from megatron_pd.store.scan import document_groups, sampled_documents, scan
+from megatron_pd.store.types import TeacherRows
 
 __all__ = ["kept_mass", "store_stats"]
 

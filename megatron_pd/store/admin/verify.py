@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pd.store.admin.parallel import Report, run_jobs
 from megatron_pd.store.format import MANIFEST_NAME, Footer, Manifest, parse_shard_name
-from megatron_pd.store.parallel import Report, run_jobs
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import Corpus, StoreError
 from megatron_pd.store.shard import Shard
+from megatron_pd.store.types import Corpus, StoreError
 
 __all__ = ["verify_corpus", "verify_store"]
 

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from megatron_pd.store.rows import StoreError
+from megatron_pd.store.types import StoreError
 
 __all__ = ["Report", "run_jobs"]
 

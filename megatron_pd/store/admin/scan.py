@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import TeacherRows
+from megatron_pd.store.types import TeacherRows
 
 __all__ = ["document_groups", "sampled_documents", "scan"]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_pd.store.copy import plan_shards
-from megatron_pd.store.parallel import Report, run_jobs
+from megatron_pd.store.admin.merge import plan_shards
+from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.scan import scan
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import StoreError, TeacherRows
-from megatron_pd.store.scan import scan
+from megatron_pd.store.types import StoreError, TeacherRows
 from megatron_pd.store.writer import LogitStoreWriter
 
 __all__ = ["cut_rows", "recode"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pd.store.admin.scan import sampled_documents, scan
+from megatron_pd.store.admin.stats import kept_mass
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.rows import Corpus, StoreError
-from megatron_pd.store.scan import sampled_documents, scan
-from megatron_pd.store.stats import kept_mass
+from megatron_pd.store.types import Corpus, StoreError
 
 __all__ = ["plot_histograms", "summary", "window"]
 
