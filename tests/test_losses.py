@@ -4,6 +4,7 @@ Axes: T tokens, V vocabulary, K columns of a row.
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from megatron_pd.arguments import LOSSES, TAILS, PDConfig
 from megatron_pd.errors import UserError
-from megatron_pd.losses import distillation_loss, mix, row_temperature
+from megatron_pd.losses import composed_loss, distillation_loss, mix, row_temperature
+from megatron_pd.ops import row_divergence
 from megatron_pd.targets import TeacherTargets, sample, top_p_k, truncate
 
 TOKENS, VOCABULARY = 9, 30
-TEMPERATURES = [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 2.0), (2.0, 2.0)]
+TEMPERATURES = [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 2.0), (2.0, 2.0), (1.5, 0.75)]
+BETAS = {"jsd": [0.1, 0.3, 0.5, 0.7, 0.9]}
 
 
 def valid_configs() -> list[PDConfig]:
@@ -28,14 +31,23 @@ def valid_configs() -> list[PDConfig]:
                     continue
                 if is_sampled and (loss not in ("nll", "kld") or (tau, student_tau) != (1, 1)):
                     continue
-                configs.append(
-                    PDConfig(loss=loss, tail=tail, temperature=tau, student_temperature=student_tau)
-                )
+                for beta in BETAS.get(loss, [None]):
+                    configs.append(
+                        PDConfig(
+                            loss=loss,
+                            tail=tail,
+                            temperature=tau,
+                            student_temperature=student_tau,
+                            jsd_beta=beta,
+                        )
+                    )
     return configs
 
 
 def name_of(config: PDConfig) -> str:
-    return f"{config.tail}-{config.loss}-{config.temperature}-{config.student_temperature}"
+    beta = "" if config.jsd_beta is None else f"-{config.jsd_beta}"
+    temperatures = f"{config.temperature}-{config.student_temperature}"
+    return f"{config.tail}-{config.loss}{beta}-{temperatures}"
 
 
 each_config = pytest.mark.parametrize("config", valid_configs(), ids=name_of)
@@ -48,8 +60,36 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def operator_loss(
+    config: PDConfig,
+    teacher: TeacherTargets,
+    logq_TK: Tensor,
+    label_logq_T: Tensor,
+    labels_T: Tensor,
+    tempered_logq_TK: Tensor | None = None,
+) -> Tensor:
+    """The fused operator itself, without what decides whether it is called."""
+    assert tempered_logq_TK is None
+    return row_divergence(
+        logq_TK,
+        label_logq_T,
+        teacher.ids,
+        teacher.logprobs.to(logq_TK.dtype),
+        teacher.counts,
+        labels_T,
+        torch.full_like(label_logq_T, config.temperature),
+        tail=config.tail,
+        loss=config.loss,
+        **({} if config.jsd_beta is None else {"jsd_beta": config.jsd_beta}),
+    )
+
+
 def loss_from_logits(
-    config: PDConfig, teacher: TeacherTargets, logits_TV: Tensor, labels_T: Tensor
+    config: PDConfig,
+    teacher: TeacherTargets,
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    loss_of: Callable[..., Tensor] = distillation_loss,
 ) -> Tensor:
     """What the output processor does, on one rank: pick log-probabilities, then the loss."""
 
@@ -58,7 +98,7 @@ def loss_from_logits(
         return torch.where(teacher.mask, logq_TV.gather(-1, teacher.ids.long().clamp(min=0)), 0.0)
 
     label_logq_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, labels_T.unsqueeze(-1))
-    return distillation_loss(
+    return loss_of(
         config,
         teacher,
         at_ids(1.0),
@@ -68,9 +108,11 @@ def loss_from_logits(
     )
 
 
-def value_and_gradient(config, teacher, logits_TV, labels_T) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    config, teacher, logits_TV, labels_T, loss_of=distillation_loss
+) -> tuple[Tensor, Tensor]:
     logits_TV = logits_TV.detach().clone().requires_grad_()
-    loss_T = loss_from_logits(config, teacher, logits_TV, labels_T)
+    loss_T = loss_from_logits(config, teacher, logits_TV, labels_T, loss_of)
     loss_T.sum().backward()
     return loss_T.detach(), logits_TV.grad
 
@@ -125,8 +167,10 @@ def dense_loss(config: PDConfig, t_V: Tensor, z_V: Tensor, label: int) -> Tensor
         case "reverse-kld":
             return (q[on] * (q[on] / t[on]).log() - q[on] + t[on]).sum()
         case "jsd":
-            m = 0.5 * t + 0.5 * q
-            return 0.5 * (t[on] * (t[on] / m[on]).log()).sum() + 0.5 * (q * (q / m).log()).sum()
+            beta = config.jsd_beta
+            m = beta * t + (1 - beta) * q
+            of_teacher = (t[on] * (t[on] / m[on]).log()).sum()
+            return beta * of_teacher + (1 - beta) * (q * (q / m).log()).sum()
         case "mse-prob":
             return (t[on] - q[on]).square().sum()
 
@@ -156,27 +200,26 @@ def random_case(generator, top_p=0.9, top_k=7):
     return truncate(teacher), logits_TV, labels_T
 
 
+def ways_to_compute(config: PDConfig) -> list[Callable[..., Tensor]]:
+    has_operator = config.student_temperature == 1.0 and config.loss != "mse-logit"
+    return [distillation_loss, composed_loss, *([operator_loss] if has_operator else [])]
+
+
 @each_config
 def test_value_and_gradient_are_the_dense_ones(config, generator):
+    """In float64 to rounding, in float32 to its precision, however they are computed."""
     teacher, logits_TV, labels_T = random_case(generator)
     if config.tail == "sampled":
         teacher = sample(torch.randn(TOKENS, VOCABULARY, generator=generator), 12, generator)
-    value, gradient = value_and_gradient(config, teacher, logits_TV, labels_T)
-    expected, expected_gradient = dense_value_and_gradient(config, teacher, logits_TV, labels_T)
-    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-10)
-
-
-@each_config
-def test_float32_follows_float64(config, generator):
-    teacher, logits_TV, labels_T = random_case(generator)
-    if config.tail == "sampled":
-        teacher = sample(torch.randn(TOKENS, VOCABULARY, generator=generator), 12, generator)
-    value, gradient = value_and_gradient(config, teacher, logits_TV.float(), labels_T)
-    expected, expected_gradient = value_and_gradient(config, teacher, logits_TV, labels_T)
-    assert value.dtype == gradient.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+    for dtype, rtol, atol in ((torch.float64, 1e-8, 1e-10), (torch.float32, 1e-4, 1e-4)):
+        case = teacher, logits_TV.to(dtype), labels_T
+        expected = dense_value_and_gradient(config, teacher, case[1].double(), labels_T)
+        for loss_of in ways_to_compute(config):
+            found = value_and_gradient(config, *case, loss_of)
+            message = f"{loss_of.__name__}: {{}}".format
+            for one, other in zip(found, expected, strict=True):
+                assert one.dtype == dtype
+                torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol, msg=message)
 
 
 # ------------------------------------------------------------------------------ closed forms
