@@ -124,9 +124,10 @@ def operators_cuda() -> Library:
 def logit_codec() -> Library:
     import pybind11
 
-    paths = sorted((ROOT / "csrc" / "logit_codec").glob("*.cpp"))
+    folder = ROOT / "csrc" / "logit_codec"
+    paths = sorted(folder.rglob("*.cpp"))
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
-    compiler = (*CXX, *CXX_FLAGS, *(f"-isystem{path}" for path in includes))
+    compiler = (*CXX, *CXX_FLAGS, f"-I{folder}", *(f"-isystem{path}" for path in includes))
     return Library("megatron_pd.store._logit_codec", [Source(p, compiler) for p in paths])
 
 

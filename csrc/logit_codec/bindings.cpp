@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "block.h"
-#include "shard.h"
+#include "compact/block.h"
+#include "container/shard.h"
 
 namespace py = pybind11;
 using namespace logit_codec;

@@ -8,9 +8,9 @@
 #include <cstdlib>
 #include <random>
 
-#include "block.h"
-#include "numbers.h"
-#include "shard.h"
+#include "compact/block.h"
+#include "compact/symbol_stream.h"
+#include "container/shard.h"
 
 using namespace logit_codec;
 

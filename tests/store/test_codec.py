@@ -188,7 +188,7 @@ def test_hostile_bytes_under_sanitizers(tmp_path):
     program = tmp_path / "fuzz_codec"
     sources = [
         here / "fuzz_codec.cpp",
-        *sorted(set(codec.glob("*.cpp")) - {codec / "bindings.cpp"}),
+        *sorted(set(codec.rglob("*.cpp")) - {codec / "bindings.cpp"}),
     ]
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     flags = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *sanitize, f"-I{codec}")

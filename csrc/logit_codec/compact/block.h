@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "tables.h"
+#include "compact/entropy_model.h"
 
 namespace logit_codec {
 

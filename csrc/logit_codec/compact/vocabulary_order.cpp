@@ -1,10 +1,10 @@
-#include "ranks.h"
+#include "compact/vocabulary_order.h"
 
 #include <algorithm>
 #include <numeric>
 
-#include "buckets.h"
-#include "classes.h"
+#include "compact/buckets.h"
+#include "compact/co_occurrence.h"
 
 namespace logit_codec {
 namespace {

@@ -19,7 +19,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "buckets.h"
+#include "compact/buckets.h"
 #include "span.h"
 
 namespace logit_codec {

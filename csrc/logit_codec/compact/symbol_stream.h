@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "bytes.h"
-#include "contexts.h"
-#include "grid.h"
+#include "compact/contexts.h"
+#include "compact/quantizer.h"
 #include "rows.h"
-#include "tables.h"
+#include "compact/entropy_model.h"
 
 namespace logit_codec {
 

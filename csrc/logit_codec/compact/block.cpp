@@ -1,10 +1,10 @@
-#include "block.h"
+#include "compact/block.h"
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "numbers.h"
+#include "compact/symbol_stream.h"
 
 namespace logit_codec {
 namespace {

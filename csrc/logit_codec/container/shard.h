@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "tables.h"
+#include "compact/entropy_model.h"
 
 namespace logit_codec {
 

@@ -1,4 +1,4 @@
-#include "classes.h"
+#include "compact/co_occurrence.h"
 
 #include <algorithm>
 #include <cmath>

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "buckets.h"
-#include "grid.h"
+#include "compact/buckets.h"
+#include "compact/quantizer.h"
 
 namespace logit_codec {
 

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "bytes.h"
-#include "contexts.h"
-#include "grid.h"
-#include "rans.h"
-#include "ranks.h"
+#include "compact/contexts.h"
+#include "compact/quantizer.h"
+#include "compact/rans.h"
+#include "compact/vocabulary_order.h"
 #include "rows.h"
 
 namespace logit_codec {

@@ -1,4 +1,4 @@
-#include "shard.h"
+#include "container/shard.h"
 
 #include <pthread.h>
 
@@ -8,8 +8,8 @@
 #include <mutex>
 #include <string>
 
-#include "block.h"
-#include "numbers.h"
+#include "compact/block.h"
+#include "compact/symbol_stream.h"
 
 namespace logit_codec {
 namespace {

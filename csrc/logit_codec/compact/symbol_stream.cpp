@@ -1,4 +1,4 @@
-#include "numbers.h"
+#include "compact/symbol_stream.h"
 
 #include <array>
 

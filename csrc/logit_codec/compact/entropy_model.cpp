@@ -1,11 +1,11 @@
-#include "tables.h"
+#include "compact/entropy_model.h"
 
 #include <algorithm>
 #include <numeric>
 
-#include "block.h"
-#include "buckets.h"
-#include "numbers.h"
+#include "compact/block.h"
+#include "compact/buckets.h"
+#include "compact/symbol_stream.h"
 
 namespace logit_codec {
 namespace {
