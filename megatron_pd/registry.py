@@ -17,7 +17,7 @@ __all__ = ["Registry"]
 class Registry[Thing]:
     """Name → thing, in the order of registration."""
 
-    def __init__(self, what: str, kind: type | tuple[type, ...]) -> None:
+    def __init__(self, what: str, kind: type[Thing]) -> None:
         """
         Args:
             what: one of the things, as an error calls it: "loss", "tail policy".

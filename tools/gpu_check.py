@@ -8,9 +8,9 @@ project need not be installed. Stages, each in a process of its own:
 
     build      the extension, for this GPU
     tests      every test of the operators, on the device
-    loss       tools/bench_loss.py: K = 0, 50, 100, two vocabularies, bf16 and fp32, beside
+    loss       benchmarks/bench_loss.py: K = 0, 50, 100, two vocabularies, bf16 and fp32, beside
                Megatron's losses and a dense one, with memory and the share of the copy bandwidth
-    gpt step   tools/bench_gpt_step.py: a Megatron GPT step, LM only, distilled, Megatron's own
+    gpt step   benchmarks/bench_gpt_step.py: a Megatron GPT step, three losses
     memcheck, racecheck   some of the tests under compute-sanitizer, where it is installed
 
 Megatron's losses and the GPT step need megatron-core (bring its wheel and put it on PYTHONPATH);
@@ -119,8 +119,10 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
         no_sanitizer = "compute-sanitizer is for a GPU."
 
     yield runner.run("tests", [*pytest, *plan.tests], unless=no_tests)
-    yield runner.benchmark("loss", "bench_loss.py", plan.loss)
-    yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
+    yield runner.benchmark("loss", "benchmarks/bench_loss.py", plan.loss)
+    yield runner.benchmark(
+        "gpt step", "benchmarks/bench_gpt_step.py", plan.gpt_step, unless=no_megatron
+    )
     for tool in ("memcheck", "racecheck"):
         command = [str(find_compute_sanitizer()), "--tool", tool, "--error-exitcode", "9"]
         command += ["--target-processes", "all", *pytest, *SANITIZED_TESTS]
@@ -186,7 +188,13 @@ class Runner:
         """A script of this folder that writes what it measured to `--json FILE`."""
         results = self.output / f"{script}.json"
         results.unlink(missing_ok=True)
-        command = [sys.executable, f"tools/{script}", "--device", self.device, *arguments]
+        command = [
+            sys.executable,
+            f"tools/benchmarks/{script}",
+            "--device",
+            self.device,
+            *arguments,
+        ]
         stage = self.run(name, [*command, "--json", str(results)], unless)
         if results.exists():
             stage.data = json.loads(results.read_text())

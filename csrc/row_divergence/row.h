@@ -1,4 +1,4 @@
-// One row's distillation loss and its gradient: what megatron_pd/losses.py composes of PyTorch
+// One row's distillation loss and its gradient: what megatron_pd/distill/losses.py composes of PyTorch
 // operations, in one go over the row's K entries. The same code runs on the CPU, one thread a row,
 // and on a GPU, one warp a row.
 //

@@ -61,7 +61,7 @@ def _from_parquet(args: argparse.Namespace) -> int:
 
     corpus = None
     if args.corpus is not None:
-        from megatron_pd import cpu
+        from megatron_pd.megatron import cpu
 
         cpu.install()
         from megatron_pd.data.corpus import MegatronCorpus
@@ -84,6 +84,6 @@ def _from_parquet(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """`convert from-megatron`, which leaves the command line to Megatron's parser."""
-    from megatron_pd.teacher.convert import main
+    from megatron_pd.teacher.cached_logits.convert import main
 
     return main()

@@ -4,6 +4,6 @@ HELP = "Loss and calibration error of a checkpoint on a held-out corpus (takes M
 
 
 def main() -> int:
-    from megatron_pd.evaluate import main
+    from megatron_pd.evaluate.loss import main
 
     return main()

@@ -58,7 +58,7 @@ def _corpus(args: argparse.Namespace) -> Any:
         prefix = os.path.normpath(args.store).removesuffix(".pd")
         if not os.path.isfile(f"{prefix}.bin"):
             return None
-    from megatron_pd import cpu
+    from megatron_pd.megatron import cpu
 
     cpu.install()
     from megatron_pd.data.corpus import MegatronCorpus
@@ -70,20 +70,13 @@ def _piece_of(args: argparse.Namespace, store: "LogitStore") -> Any:
     """Token id → its text, where a tokenizer is given."""
     if args.tokenizer_model is None:
         return None
-    from megatron_pd import cpu
+    from megatron_pd.megatron import cpu
 
     cpu.install()
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.config import TokenizerConfig
+    from megatron_pd.data.tokenizer import open_tokenizer, tokenizer_config, tokenizer_fingerprint
 
-    from megatron_pd.data.corpus import tokenizer_fingerprint
-
-    tokenizer = build_tokenizer(
-        TokenizerConfig(
-            tokenizer_type=args.tokenizer_type or "SentencePieceTokenizer",
-            tokenizer_model=args.tokenizer_model,
-            pad_vocab_size=False,
-        )
+    tokenizer = open_tokenizer(
+        tokenizer_config(args.tokenizer_type or "SentencePieceTokenizer", args.tokenizer_model)
     )
     if store.metadata.get("tokenizer", tokenizer_fingerprint(tokenizer)) != tokenizer_fingerprint(
         tokenizer

@@ -25,21 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_pd import cpu
+    from megatron_pd.megatron import cpu
 
     cpu.install()
-    from megatron.training.config import TokenizerConfig
-
     from megatron_pd.data.preprocess import preprocess
+    from megatron_pd.data.tokenizer import tokenizer_config
 
     summary = preprocess(
         args.input,
         args.output_prefix,
-        TokenizerConfig(
-            tokenizer_type=args.tokenizer_type,
-            tokenizer_model=args.tokenizer_model,
-            pad_vocab_size=False,
-        ),
+        tokenizer_config(args.tokenizer_type, args.tokenizer_model),
         json_key=args.json_key,
         workers=args.workers,
     )

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_pd import cpu
+    from megatron_pd.megatron import cpu
 
     cpu.install()
     from megatron_pd.data.train_tokenizer import train_tokenizer

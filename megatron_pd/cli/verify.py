@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar(size, "B") as progress:
         problems = verify_store(store, args.workers, journal=_journal(args), progress=progress)
     if args.corpus and not problems:
-        from megatron_pd import cpu
+        from megatron_pd.megatron import cpu
 
         cpu.install()
         from megatron_pd.data.corpus import MegatronCorpus

@@ -1,15 +1,15 @@
 """A Megatron corpus (`.bin/.idx`) as the logit store addresses it: document by document."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd.errors import UserError
 
-__all__ = ["MegatronCorpus", "store_path_of", "tokenizer_fingerprint"]
+__all__ = ["MegatronCorpus", "store_path_of", "training_prefixes"]
 
 
 class MegatronCorpus:
@@ -42,20 +42,16 @@ class MegatronCorpus:
         return len(self._dataset)
 
 
+def training_prefixes(args: Any) -> list[str]:
+    """The corpus prefixes that the training split is drawn from."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is None and blend_per_split is not None:
+        blend = blend_per_split[0]
+    if blend is None:
+        raise UserError("No corpus is named: give --data-path (or --train-data-path).")
+    return list(blend[0])
+
+
 def store_path_of(prefix: str) -> str:
     """Where the logit store of a corpus lies unless a flag says otherwise."""
     return f"{prefix}.pd"
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a Megatron tokenizer's content, the same wherever its files lie.
-
-    Covers the vocabulary size, the end-of-document id, and the bytes of the model file (or, for a
-    folder, of its `tokenizer.json`). A tokenizer without files is known by its first two alone.
-    """
-    digest = hashlib.sha256(f"{tokenizer.vocab_size} {tokenizer.eod}".encode())
-    path = Path(getattr(tokenizer, "path", None) or "")
-    for file in (path, path / "tokenizer.json"):
-        if file.is_file():
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

@@ -20,9 +20,9 @@ from megatron.core.datasets.indexed_dataset import (
     get_bin_path,
     get_idx_path,
 )
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from tqdm import tqdm
 
+from megatron_pd.data.tokenizer import open_tokenizer
 from megatron_pd.errors import UserError
 
 __all__ = ["CorpusSummary", "preprocess", "read_documents"]
@@ -83,7 +83,7 @@ def preprocess(
 
     Args:
         paths: text and JSON-lines files, in the order that their documents shall have.
-        tokenizer_config: megatron.training.config.TokenizerConfig, or anything with its fields.
+        tokenizer_config: as `data.tokenizer.tokenizer_config` makes it.
         workers: tokenizing processes.
     Raises:
         UserError: input that cannot be read, or a tokenizer without an end-of-document token.
@@ -91,7 +91,7 @@ def preprocess(
     for path in paths:
         if not os.path.isfile(path):
             raise UserError(f"--input {path} does not exist or is not a file.")
-    tokenizer = _build_tokenizer(tokenizer_config)
+    tokenizer = open_tokenizer(tokenizer_config)
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
     unfinished = f"{output_prefix}.unfinished"
     builder = IndexedDatasetBuilder(
@@ -128,29 +128,6 @@ def preprocess(
     return CorpusSummary(documents, tokens, empty)
 
 
-def _build_tokenizer(config: Any) -> Any:
-    model = config.tokenizer_model
-    is_file = config.tokenizer_type != "HuggingFaceTokenizer"  # which may be a hub's name
-    if is_file and model is not None and not os.path.exists(model):
-        raise UserError(
-            f"--tokenizer-model {model} does not exist: train one with "
-            "`megatron-pd train-tokenizer`, or name the one that the model uses."
-        )
-    try:
-        tokenizer = build_tokenizer(config)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--tokenizer-model {model} cannot be opened as a {config.tokenizer_type} ({error}): "
-            "give the file, folder or name of one, and its --tokenizer-type."
-        ) from error
-    if tokenizer.eod is None or tokenizer.eod < 0:
-        raise UserError(
-            f"The tokenizer {config.tokenizer_model} has no end-of-document token, without which "
-            "documents run into one another: use one that defines </s> (EOS)."
-        )
-    return tokenizer
-
-
 _worker_tokenizer: Any = None
 
 
@@ -161,7 +138,7 @@ def _start_worker(config: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _worker_tokenizer
-    _worker_tokenizer = _build_tokenizer(config)
+    _worker_tokenizer = open_tokenizer(config)
 
 
 def _tokenize(document: tuple[str, int]) -> tuple[np.ndarray, int]:

@@ -1,1 +1,1 @@
-"""The teacher: its forward pass over a corpus, and its rows on the way to the student."""
+"""The teacher: its forward pass over a corpus, and its rows on the way to the store."""

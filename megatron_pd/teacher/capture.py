@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
 from megatron_pd.ops import sparse_log_softmax
-from megatron_pd.targets import TeacherTargets, rows_of_draws, truncate
 
 __all__ = ["CapturedRows", "capture_rows"]
 

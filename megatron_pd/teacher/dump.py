@@ -20,21 +20,25 @@ import torch
 from tqdm import tqdm
 
 from megatron_pd.errors import UserError
-from megatron_pd.forward_only import ForwardOnlyModel, finish, load_model
+from megatron_pd.megatron.inference import ForwardOnlyModel, finish, load_model
 
 # isort: split
 # Megatron may be imported only after forward_only has prepared the device.
 from megatron.core import mpu
 
-from megatron_pd.data.corpus import MegatronCorpus, store_path_of, tokenizer_fingerprint
+from megatron_pd.data.corpus import (
+    MegatronCorpus,
+    store_path_of,
+    training_prefixes,
+)
+from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.data.windows import Batch, Window, batches_of, windows_of
+from megatron_pd.distill.targets import check_truncation
 from megatron_pd.store import LogitStoreWriter, TeacherRows
 from megatron_pd.store._logit_codec import MAX_VALUE_BITS, MIN_VALUE_BITS
 from megatron_pd.store.admin.merge import even_ranges
 from megatron_pd.store.format import CODECS
-from megatron_pd.targets import check_truncation
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
-from megatron_pd.teacher.data import training_prefixes
 
 __all__ = ["dump", "main", "shards_of"]
 

@@ -6,10 +6,10 @@ import signal
 import pytest
 import tokenizers
 import transformers
-from megatron.training.config import TokenizerConfig
 
 from megatron_pd.data.corpus import MegatronCorpus
 from megatron_pd.data.preprocess import _start_worker, preprocess
+from megatron_pd.data.tokenizer import tokenizer_config
 from megatron_pd.data.train_tokenizer import train_tokenizer
 from megatron_pd.errors import UserError
 
@@ -29,11 +29,7 @@ def texts():
 def tokenizer(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([write_jsonl(folder / "t.jsonl", texts)], str(folder / "t.model"), 330)
-    return TokenizerConfig(
-        tokenizer_type="SentencePieceTokenizer",
-        tokenizer_model=str(folder / "t.model"),
-        pad_vocab_size=False,
-    )
+    return tokenizer_config("SentencePieceTokenizer", str(folder / "t.model"))
 
 
 def decode(config, ids):
@@ -107,7 +103,7 @@ def test_missing_input_and_tokenizer(tmp_path, tokenizer):
         ("SentencePieceTokenizer", path, r"a\.jsonl cannot be opened as a SentencePieceTokenizer"),
         ("HuggingFaceTokenizer", str(tmp_path), "cannot be opened as a HuggingFaceTokenizer"),
     ):
-        config = TokenizerConfig(tokenizer_type=type_, tokenizer_model=model, pad_vocab_size=False)
+        config = tokenizer_config(type_, model)
         with pytest.raises(UserError, match=message):
             preprocess([path], str(tmp_path / "corpus"), config)
 
@@ -115,9 +111,7 @@ def test_missing_input_and_tokenizer(tmp_path, tokenizer):
 def test_hugging_face_tokenizer(tmp_path, texts):
     folder = str(tmp_path / "tokenizer")
     byte_level_bpe(texts, 300).save_pretrained(folder)
-    config = TokenizerConfig(
-        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=folder, pad_vocab_size=False
-    )
+    config = tokenizer_config("HuggingFaceTokenizer", folder)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     preprocess([path], str(tmp_path / "corpus"), config, workers=2)
     corpus = MegatronCorpus(str(tmp_path / "corpus"))

@@ -7,8 +7,8 @@ from agreement import DEVICE
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_pd.arguments import PDConfig
-from megatron_pd.targets import TeacherTargets, sample, top_p_k
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k
 
 TAILS = ["renormalize", "raw", "ghost", "to-label", "decoupled", "sampled"]
 LOSSES = ["nll", "kld", "reverse-kld", "jsd", "mse-prob"]

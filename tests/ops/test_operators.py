@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_pd import cpu
+from megatron_pd.megatron import cpu
 from megatron_pd.ops import sparse_log_softmax
 from megatron_pd.ops.library import has_cuda_kernels, operators
 

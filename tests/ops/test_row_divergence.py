@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from row_cases import LOSSES, TAILS, RowCase, random_rows, row_cases
 from torch import Tensor
 
-from megatron_pd.losses import composed_loss, distillation_loss
+from megatron_pd.distill.losses import composed_loss, distillation_loss
 from megatron_pd.ops import row_divergence
 from megatron_pd.ops.library import operators
 

@@ -17,10 +17,10 @@ import torch
 from random_rows import RandomCorpus, assert_rows_equal, random_rows
 
 from megatron_pd.cli import main
+from megatron_pd.distill.targets import TeacherTargets, truncate
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
 from megatron_pd.store.admin.recode import cut_rows
 from megatron_pd.store.admin.verify import verify_store
-from megatron_pd.targets import TeacherTargets, truncate
 
 VOCAB = 211
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_pd.targets import rows_of_draws, top_p_k
+from megatron_pd.distill.targets import rows_of_draws, top_p_k
 from megatron_pd.teacher.capture import capture_rows
 
 RANKS = 2

@@ -2,17 +2,14 @@
 
 import sys
 
-from megatron.training.config import TokenizerConfig
-
 from megatron_pd.data.preprocess import preprocess
+from megatron_pd.data.tokenizer import tokenizer_config
 from megatron_pd.data.train_tokenizer import train_tokenizer
 
 
 def main() -> int:
     text, model, vocab_size, corpus = sys.argv[1:]
     train_tokenizer([text], model, int(vocab_size))
-    config = TokenizerConfig(
-        tokenizer_type="SentencePieceTokenizer", tokenizer_model=model, pad_vocab_size=False
-    )
+    config = tokenizer_config("SentencePieceTokenizer", model)
     preprocess([text], corpus, config)
     return 0

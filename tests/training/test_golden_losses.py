@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jobs import World
 
-from megatron_pd.recipes import RECIPES
+from megatron_pd.distill.recipes import RECIPES
 
 FOLDER = Path(__file__).parents[1] / "assets" / "losses"
 LAYOUTS = {"plain": 1, "tp2": 2}

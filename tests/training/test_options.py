@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jobs import TRAINING, World, curves
 
-from megatron_pd.arguments import PDConfig, flag_of
+from megatron_pd.distill.config import PDConfig, flag_of
 
 ITERATIONS, BATCH = 4, 8
 LENGTH = f"--train-iters {ITERATIONS} --lr-warmup-iters 1 --lr-wsd-decay-iters 1".split()
@@ -77,7 +77,7 @@ def test_every_option_and_every_choice_is_in_a_case() -> None:
     for option in fields(PDConfig):
         flag = flag_of(option.name)
         assert flag in words
-        for choice in option.metadata["argparse"].get("choices", ()):
+        for choice in option.metadata["flag"].get("choices", ()):
             assert any(pair == (flag, choice) for pair in itertools.pairwise(words)), (
                 flag,
                 choice,

@@ -21,15 +21,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_pd import cpu
-from megatron_pd.arguments import PDConfig
-from megatron_pd.losses import mix
-from megatron_pd.output_processor import (
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.losses import mix
+from megatron_pd.distill.targets import TeacherTargets, top_p_k
+from megatron_pd.megatron import cpu
+from megatron_pd.train.output_processor import (
     DistillationContext,
     distillation_output_processor,
     gathered_positions,
 )
-from megatron_pd.targets import TeacherTargets, top_p_k
 
 RANKS = 4
 S, B, H, V, K = 16, 2, 16, 64, 7

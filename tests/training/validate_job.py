@@ -5,7 +5,7 @@ import os
 
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_pd.arguments import add_pd_arguments
+from megatron_pd.megatron.arguments import add_pd_arguments
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""Pre-training distillation itself: configuration, losses on sparse rows, schedules. torch only."""

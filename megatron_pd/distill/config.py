@@ -1,0 +1,330 @@
+"""What pre-training distillation does in a run: one frozen, validated PDConfig.
+
+It is the one place that names an option, says what it does, gives its default and refuses what does
+not fit; the --pd-* flags are made from its fields.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_pd.distill.recipes import RECIPES
+from megatron_pd.distill.schedules import ALPHA_SCHEDULES, DECAY_STYLES
+from megatron_pd.distill.targets import check_truncation
+from megatron_pd.errors import UserError
+
+__all__ = ["ADAPTIVE_TEMPERATURES", "LOSSES", "TAILS", "PDConfig", "flag_of"]
+
+LOSSES = ("nll", "kld", "reverse-kld", "jsd", "mse-prob", "mse-logit")
+TAILS = ("renormalize", "raw", "ghost", "to-label", "decoupled", "sampled")
+ADAPTIVE_TEMPERATURES = ("normkd", "wttm", "adakd-sd", "adakd-h")
+
+# τ = temperature + slope · statistic: a peaked row (large std, small entropy) is softened more.
+_ADAPTIVE_SLOPES = {"adakd-sd": 0.5, "adakd-h": -0.25}
+_ADAPTIVE_BOUNDS = (0.5, 4.0)
+
+
+def _option(default: Any, help: str, **flag: Any) -> Any:
+    """A PDConfig field with its one description; `flag` is what its flag takes: type, choices, …"""
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+@dataclass(frozen=True)
+class PDConfig:
+    """What pre-training distillation does in this run; creating one validates it (UserError).
+
+    A field that only some choices use (`jsd_beta`, the `alpha_*` lengths, the `adaptive_*`
+    constants) is None unless it is in effect, so a setting that would do nothing is refused.
+    """
+
+    store: tuple[str, ...] | None = _option(
+        None,
+        "Logit store of each --data-path prefix, in the same order. Default: <prefix>.pd beside "
+        "each corpus.",
+        nargs="+",
+        metavar="PATH",
+    )
+    loss: str = _option(
+        "kld",
+        "Divergence between the teacher's row and the student: soft cross entropy (nll), forward "
+        "KL (kld), reverse KL, Jensen-Shannon, or squared error of probabilities or of centred "
+        "logits.",
+        choices=LOSSES,
+    )
+    tail: str = _option(
+        "renormalize",
+        "What becomes of the teacher's mass outside its row: renormalize the row (the paper's Eq. "
+        "4), leave it out (raw), one bucket for it on both sides (ghost), give it to the "
+        "ground-truth token (to-label), ghost's mass with the row tempered by itself (decoupled), "
+        "or rows of random draws, which need none (sampled).",
+        choices=TAILS,
+    )
+    top_p: float | None = _option(
+        None,
+        "Cut the stored rows to the smallest set with this full-vocabulary mass, in (0, 1]; the "
+        "token that crosses it is kept. Default: all that is stored.",
+        type=float,
+    )
+    top_k: int | None = _option(
+        None, "Then keep the k likeliest entries. Default: all that is stored.", type=int
+    )
+    temperature: float = _option(
+        1.0,
+        "Temperature τ of the teacher's row, applied after truncation (Eq. 4); the constant of "
+        "--pd-adaptive-temperature.",
+        type=float,
+    )
+    student_temperature: float = _option(
+        1.0, "Temperature of the student in the distillation loss (the paper's is 1).", type=float
+    )
+    tau_squared: bool = _option(
+        False, "Multiply the distillation loss, and so its gradient, by τ² of the teacher."
+    )
+    adaptive_temperature: str | None = _option(
+        None,
+        "A temperature for each row: NormKD, WTTM, or AdaKD from the standard deviation (adakd-sd) "
+        "or the entropy (adakd-h) of the teacher's distribution. All but wttm need that statistic "
+        "in the store.",
+        choices=ADAPTIVE_TEMPERATURES,
+    )
+    adaptive_slope: float | None = _option(
+        None,
+        "adakd-*: τ = --pd-temperature + slope · statistic. Default: "
+        f"{_ADAPTIVE_SLOPES['adakd-sd']} for adakd-sd, {_ADAPTIVE_SLOPES['adakd-h']} for adakd-h.",
+        type=float,
+    )
+    adaptive_min: float | None = _option(
+        None,
+        f"Lowest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[0]}.",
+        type=float,
+    )
+    adaptive_max: float | None = _option(
+        None,
+        f"Highest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[1]}.",
+        type=float,
+    )
+    jsd_beta: float | None = _option(
+        None, "jsd: the teacher's weight β in the mixture, in (0, 1). Default: 0.5.", type=float
+    )
+    alpha: float = _option(
+        0.9,
+        "Weight α of the distillation loss, L = (1 − α)·L_lm + α·L_kd; the highest one where it "
+        "follows a schedule.",
+        type=float,
+    )
+    alpha_schedule: str = _option(
+        "constant",
+        "How α moves over the run; wsd is warmup, stable, decay, with the phases of the learning "
+        "rate's own WSD schedule where it has one.",
+        choices=ALPHA_SCHEDULES,
+    )
+    alpha_min: float | None = _option(None, "Lowest α of a schedule. Default: 0.", type=float)
+    alpha_warmup: float | None = _option(
+        None,
+        "wsd: length of α's rise; below 1 a share of the run, else a number of samples. Default: "
+        "the warmup of a WSD learning rate, else 0.1.",
+        type=float,
+    )
+    alpha_decay: float | None = _option(
+        None,
+        "wsd: length of α's fall, likewise. Default: the decay of a WSD learning rate, else 0.01.",
+        type=float,
+    )
+    alpha_decay_style: str | None = _option(
+        None,
+        "wsd: curve of α's fall. Default: --lr-wsd-decay-style of a WSD learning rate, else "
+        "cosine.",
+        choices=DECAY_STYLES,
+    )
+    alpha_period: float | None = _option(
+        None,
+        "period: length of one cycle, a cosine from the lowest α up and back; below 1 a share of "
+        "the run, else a number of samples. Default: 0.1.",
+        type=float,
+    )
+    recipe: str | None = _option(
+        None,
+        "A combination that fills in whatever the command line leaves open: the paper's pd-star, "
+        "vanilla and online, or robust, which did best in our own runs (docs/losses.md).",
+        choices=tuple(RECIPES),
+    )
+    loss_chunk_tokens: int | None = _option(
+        None,
+        "Compute the output layer and the losses for so many tokens at a time and again in the "
+        "backward pass, so that the logits of the rest never exist. Default: all at once.",
+        type=int,
+    )
+
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            object.__setattr__(self, "store", tuple(self.store))
+        _check_choices(self)
+        _fill_dependent_fields(self)
+        check_truncation(self.top_p, self.top_k)
+        _check_temperatures(self)
+        _check_alpha(self)
+        _check_combinations(self)
+
+    @property
+    def row_statistic(self) -> str | None:
+        """The column of the store that the adaptive temperature reads, if it reads one."""
+        return {"normkd": "std", "adakd-sd": "std", "adakd-h": "entropy"}.get(
+            self.adaptive_temperature or ""
+        )
+
+    @property
+    def needs_tempered_student(self) -> bool:
+        """Whether the loss needs the student's full-vocabulary log-softmax at
+        `student_temperature` beside the one at 1: not where only the row is tempered."""
+        return (
+            self.student_temperature != 1.0
+            and self.tail in ("renormalize", "raw", "to-label")
+            and self.loss != "mse-logit"
+        )
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a PDConfig field."""
+    return "--pd-" + name.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------ validation
+
+
+def _check_choices(config: PDConfig) -> None:
+    for option in fields(config):
+        choices = option.metadata["flag"].get("choices")
+        value = getattr(config, option.name)
+        if choices and value is not None and value not in choices:
+            raise UserError(
+                f"{flag_of(option.name)} is {value!r}; it must be one of {', '.join(choices)}."
+            )
+
+
+def _fill_dependent_fields(config: PDConfig) -> None:
+    """Give each field that is in effect its default; refuse one that is set and is not."""
+    adaptive = config.adaptive_temperature
+    in_effect: dict[str, tuple[bool, str, Any]] = {
+        "jsd_beta": (config.loss == "jsd", "--pd-loss jsd", 0.5),
+        "alpha_min": (
+            config.alpha_schedule != "constant",
+            "an --pd-alpha-schedule that moves",
+            0.0,
+        ),
+        "alpha_warmup": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_decay": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_decay_style": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
+        "alpha_period": (config.alpha_schedule == "period", "--pd-alpha-schedule period", 0.1),
+        "adaptive_slope": (
+            adaptive in _ADAPTIVE_SLOPES,
+            "--pd-adaptive-temperature adakd-sd or adakd-h",
+            _ADAPTIVE_SLOPES.get(adaptive or ""),
+        ),
+    }
+    for bound, default in zip(("adaptive_min", "adaptive_max"), _ADAPTIVE_BOUNDS, strict=True):
+        in_effect[bound] = (
+            adaptive not in (None, "wttm"),
+            "--pd-adaptive-temperature normkd, adakd-sd or adakd-h",
+            default,
+        )
+    for name, (used, user, default) in in_effect.items():
+        value = getattr(config, name)
+        if value is not None and not used:
+            raise UserError(
+                f"{flag_of(name)} is {value}, which nothing uses: it belongs to {user}. Leave it "
+                "out or choose that."
+            )
+        if value is None and used:
+            object.__setattr__(config, name, default)
+
+
+def _check_temperatures(config: PDConfig) -> None:
+    for name in ("temperature", "student_temperature", "adaptive_min", "adaptive_max"):
+        value = getattr(config, name)
+        # adakd-* adds the slope's part to it, so there the constant may be 0 or less.
+        is_offset = name == "temperature" and config.adaptive_temperature in _ADAPTIVE_SLOPES
+        if value is not None and (not math.isfinite(value) or (value <= 0 and not is_offset)):
+            raise UserError(f"{flag_of(name)} is {value}; a temperature must be a number above 0.")
+    low, high = config.adaptive_min, config.adaptive_max
+    if low is not None and high is not None and low > high:
+        raise UserError(
+            f"--pd-adaptive-min is {low} and --pd-adaptive-max {high}; the first must not be the "
+            "larger one."
+        )
+
+
+def _check_alpha(config: PDConfig) -> None:
+    for name in ("alpha", "alpha_min"):
+        value = getattr(config, name)
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise UserError(
+                f"{flag_of(name)} is {value}; α weighs two losses against each other and must lie "
+                "in [0, 1]."
+            )
+    if config.alpha_min is not None and config.alpha_min > config.alpha:
+        raise UserError(
+            f"--pd-alpha-min is {config.alpha_min} and --pd-alpha, the highest α, is only "
+            f"{config.alpha}; give the smaller one to --pd-alpha-min."
+        )
+    for name in ("alpha_warmup", "alpha_decay", "alpha_period"):
+        value = getattr(config, name)
+        if value is not None and (not math.isfinite(value) or value < 0):
+            raise UserError(
+                f"{flag_of(name)} is {value}; give a share of the run below 1, or a number of "
+                "samples."
+            )
+        if value is not None and value >= 1 and value != int(value):
+            raise UserError(
+                f"{flag_of(name)} is {value}; from 1 on it is a number of samples and must be "
+                "whole. Below 1 it is a share of the run."
+            )
+    if config.alpha_period == 0:
+        raise UserError("--pd-alpha-period is 0; a cycle must take some time.")
+    if config.loss_chunk_tokens is not None and config.loss_chunk_tokens < 1:
+        raise UserError(
+            f"--pd-loss-chunk-tokens is {config.loss_chunk_tokens}; a chunk has 1 token or more. "
+            "Leave it out to compute all tokens at once."
+        )
+
+
+def _check_combinations(config: PDConfig) -> None:
+    if config.jsd_beta is not None and not 0.0 < config.jsd_beta < 1.0:
+        raise UserError(
+            f"--pd-jsd-beta is {config.jsd_beta}; it must lie in (0, 1). At the ends the "
+            "divergence is 0 everywhere: use --pd-loss kld or reverse-kld for what it tends to."
+        )
+    if config.loss == "mse-logit" and config.tail not in ("renormalize", "sampled"):
+        raise UserError(
+            f"--pd-tail is {config.tail}, and --pd-loss mse-logit compares the centred logits of "
+            "the kept tokens alone, so the tail has no part in it. Leave --pd-tail out."
+        )
+    if config.tail == "sampled":
+        _check_sampled(config)
+    if config.tau_squared and config.adaptive_temperature in ("normkd", "wttm"):
+        raise UserError(
+            f"--pd-tau-squared with --pd-adaptive-temperature {config.adaptive_temperature} would "
+            "weigh a row twice: that method has a weight of its own (normkd τ², wttm U). Leave "
+            "--pd-tau-squared out."
+        )
+
+
+def _check_sampled(config: PDConfig) -> None:
+    reason = (
+        "--pd-tail sampled reads rows of random draws, whose gradient is the dense one on average "
+        "only for a loss linear in the draws at temperature 1"
+    )
+    source = f" (or --pd-recipe {config.recipe}, which may have set them)" if config.recipe else ""
+    if config.loss not in ("nll", "kld"):
+        raise UserError(
+            f"{reason}; --pd-loss is {config.loss}. Choose nll or kld, or another --pd-tail with a "
+            "top-p-k store."
+        )
+    if config.temperature != 1.0 or config.adaptive_temperature or config.student_temperature != 1:
+        raise UserError(
+            f"{reason}. Leave out --pd-temperature, --pd-student-temperature and "
+            f"--pd-adaptive-temperature{source}."
+        )
+    if config.top_p not in (None, 1.0) or config.top_k is not None:
+        raise UserError(f"{reason}. Leave out --pd-top-p and --pd-top-k{source}.")

@@ -1,0 +1,1 @@
+"""How good a checkpoint is: loss and calibration on held-out documents."""

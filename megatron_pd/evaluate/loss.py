@@ -1,0 +1,112 @@
+"""Loss and calibration of a checkpoint on held-out documents.
+
+    megatron-pd evaluate --load CHECKPOINT --data-path PREFIX [--evaluate-output FILE.json]
+
+Every token but the first of each document is predicted once.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_pd.data.corpus import MegatronCorpus, training_prefixes
+from megatron_pd.data.windows import batches_of, windows_of
+from megatron_pd.evaluate.calibration import BINS, confidence_bins, expected_calibration_error
+from megatron_pd.megatron.inference import ForwardOnlyModel, finish, load_model
+from megatron_pd.teacher.capture import CapturedRows, capture_rows
+
+__all__ = ["evaluate", "main"]
+
+
+def main() -> int:
+    """Entry point: print the figures, and write them to --evaluate-output."""
+    model = load_model(_add_evaluate_arguments)
+    result = evaluate(model, training_prefixes(model.args))
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(result, indent=2), flush=True)
+        if model.args.evaluate_output:
+            Path(model.args.evaluate_output).write_text(json.dumps(result, indent=2) + "\n")
+    finish()
+    return 0
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group(title="evaluation")
+    group.add_argument("--evaluate-output", default=None, help="JSON file for the figures.")
+    group.add_argument(
+        "--evaluate-overlap",
+        type=int,
+        default=0,
+        help="Tokens of context that a window shares with the one before it.",
+    )
+    return parser
+
+
+def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
+    """Mean loss in nats per token, perplexity, top-1 accuracy, ECE and the number of tokens."""
+    args = model.args
+    loss_sum = 0.0
+    bins = np.zeros((3, BINS))  # tokens, correct, confidence
+
+    def capture(logits: torch.Tensor, labels: torch.Tensor) -> CapturedRows:
+        return capture_rows(
+            logits,
+            labels,
+            top_p=1.0,
+            top_k=1,
+            vocab_size=model.tokenizer.vocab_size,
+            tp_group=model.tp_group,
+        )
+
+    for prefix in prefixes:
+        corpus = MegatronCorpus(prefix)
+        windows = [
+            window
+            for document in range(model.replica, len(corpus), model.replicas)
+            for window in windows_of(
+                document,
+                int(corpus.document_lengths[document]),
+                args.seq_length,
+                args.evaluate_overlap,
+            )
+        ]
+        batches = batches_of(
+            corpus,
+            windows,
+            batch_size=args.micro_batch_size,
+            sequence_length=args.seq_length,
+            length_multiple=args.tensor_model_parallel_size,
+        )
+        for batch in tqdm(
+            batches,
+            total=-(-len(windows) // args.micro_batch_size),
+            desc=f"evaluate {Path(prefix).name}",
+            disable=not (model.writes and model.replica == 0),
+        ):
+            captured = model.run(batch, capture)
+            if not model.writes:
+                continue
+            for row, window in enumerate(batch.windows):
+                own = (row, slice(window.keep - window.start, window.length))
+                loss_sum -= captured.label_logprob[own].double().sum().item()
+                confidence = captured.targets.logprobs[own][:, 0].double().exp().cpu().numpy()
+                correct = (captured.targets.ids[own][:, 0] == batch.labels[own]).cpu().numpy()
+                bins += confidence_bins(confidence, correct)
+    totals = torch.tensor(
+        [loss_sum, *bins.flatten()], dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    torch.distributed.all_reduce(totals)
+    loss_sum, bins = totals[0].item(), totals[1:].cpu().numpy().reshape(3, BINS)
+    tokens = bins[0].sum()
+    return {
+        "lm_loss": loss_sum / tokens,
+        "perplexity": float(np.exp(loss_sum / tokens)),
+        "accuracy": bins[1].sum() / tokens,
+        "ece": expected_calibration_error(bins),
+        "tokens": int(tokens),
+    }

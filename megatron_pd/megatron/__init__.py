@@ -1,0 +1,1 @@
+"""All that knows Megatron's version: its arguments, the CPU facade, patches, inference."""

@@ -1,0 +1,1 @@
+"""Megatron's own cached logits: its tar shards, and their conversion to logit stores."""

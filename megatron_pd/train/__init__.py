@@ -1,0 +1,1 @@
+"""A training run: teacher data, forward step, output processor, resolved configuration."""

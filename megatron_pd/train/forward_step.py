@@ -1,0 +1,155 @@
+"""One micro-batch through a pipeline stage, and its loss: Megatron's forward step.
+
+L = (1 − α)·L_lm + α·L_kd (arXiv 2410.16215, Eq. 1), per token, summed over the micro-batch's valid
+tokens; Megatron divides by their number.
+
+Axes: S sequence, B micro-batch.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+
+from megatron_pd.data.batch import get_batch
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.losses import mix
+from megatron_pd.distill.schedules import AlphaSchedule, alpha_at
+from megatron_pd.distill.targets import TeacherTargets
+from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
+from megatron_pd.train.teacher_data import TeacherData
+
+__all__ = ["Distillation", "forward_step", "lm_loss", "pd_loss"]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """All that distils in this run."""
+
+    config: PDConfig
+    schedule: AlphaSchedule
+    total_samples: int
+    data: TeacherData
+
+
+def forward_step(
+    iterator: Iterator[dict[str, torch.Tensor]] | None,
+    model: torch.nn.Module,
+    *,
+    distillation: Distillation | None,
+) -> tuple[torch.Tensor, Any]:
+    """One micro-batch through this pipeline stage (Megatron's forward step)."""
+    args, timers = get_args(), get_timers()
+    # Validation measures the language model alone, with or without distillation in training.
+    distils = distillation if model.training else None
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(
+        iterator,
+        vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+        config=get_attr_wrapped_model(model, "config"),
+        teacher_columns=distils.data.columns if distils else 0,
+        teacher_statistic=distils is not None and distils.data.statistic is not None,
+    )
+    timers("batch-generator").stop()
+    inputs = {
+        "input_ids": batch["tokens"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": batch["attention_mask"],
+        "labels": batch["labels"],
+        "loss_mask": batch["loss_mask"],
+    }
+    if distils is None or batch.get("teacher_ids") is None:
+        return model(**inputs), functools.partial(lm_loss, batch["loss_mask"])
+    statistic = distils.data.statistic
+    teacher = TeacherTargets(
+        batch["teacher_ids"],
+        batch["teacher_logprobs"],
+        batch["teacher_counts"],
+        **({} if statistic is None else {statistic: batch["teacher_statistic"]}),
+    )
+    losses_2BS = model(
+        **inputs,
+        output_processor=distillation_output_processor,
+        output_processor_context=DistillationContext(
+            distils.config,
+            teacher,
+            tp_group=get_attr_wrapped_model(model, "tp_group"),
+            sequence_parallel=args.sequence_parallel,
+        ),
+    )
+    alpha = alpha_at(distils.schedule, args.consumed_train_samples, distils.total_samples)
+    return losses_2BS, functools.partial(pd_loss, batch["loss_mask"], teacher.counts, alpha)
+
+
+Metrics = dict[str, torch.Tensor]
+"""What a micro-batch gives to the log: name → [sum, count]. Megatron adds both up over
+micro-batches and data-parallel ranks, and logs sum / count."""
+
+
+def lm_loss(
+    loss_mask_BS: torch.Tensor, losses_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """Megatron's language-model loss: the sum over the micro-batch's valid tokens.
+
+    Returns:
+        the sum, the number of valid tokens (int32), and what is logged.
+    """
+    loss = (losses_BS.float() * loss_mask_BS).sum()
+    tokens = loss_mask_BS.sum()
+    _check_finite(loss)
+    return loss, tokens.int(), {"lm loss": _ratio(loss, tokens)}
+
+
+def pd_loss(
+    loss_mask_BS: torch.Tensor,
+    counts_BS: torch.Tensor,
+    alpha: float,
+    losses_2BS: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """L = (1 − α)·L_lm + α·L_kd (Eq. 1), summed over the micro-batch's valid tokens.
+
+    Args:
+        counts_BS: entries in the teacher's row of each token; 0 where there is no teacher.
+    Returns:
+        the sum, the number of valid tokens (int32), and what is logged.
+    """
+    lm_BS, kd_BS = losses_2BS.float().unbind(0)
+    taught_BS = (counts_BS > 0) * loss_mask_BS
+    loss = (mix(alpha, lm_BS, kd_BS, counts_BS) * loss_mask_BS).sum()
+    tokens = loss_mask_BS.sum()
+    _check_finite(loss)
+    return (
+        loss,
+        tokens.int(),
+        {
+            "lm loss": _ratio((lm_BS * loss_mask_BS).sum(), tokens),
+            "kd loss": _ratio((kd_BS * taught_BS).sum(), taught_BS.sum()),
+            "alpha": _ratio(torch.full_like(tokens, alpha), torch.ones_like(tokens)),
+            "teacher tokens": _ratio(taught_BS.sum(), tokens),
+        },
+    )
+
+
+def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """[sum, count] for Megatron's log; the least positive float keeps 0 / 0 at 0."""
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.stack([total.detach().float(), count.detach().float() + tiny])
+
+
+def _check_finite(loss: torch.Tensor) -> None:
+    """As Megatron's own loss function does: its rerun machine tells a bad node from bad maths."""
+    if not get_args().check_for_nan_in_loss_and_grad:
+        return
+    for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=rejection,
+            message=f"found {what} in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
+        )

@@ -1,0 +1,75 @@
+"""What distillation does in a run, for its log and its checkpoints, and what a resumed run changes.
+
+The record is kept among Megatron's own arguments, which every checkpoint holds.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_pd.distill.config import PDConfig, flag_of
+from megatron_pd.distill.schedules import AlphaSchedule
+
+__all__ = ["changes", "record_of", "record_of_checkpoint"]
+
+Record = Mapping[str, Any]
+"""What is shown → a plain JSON value; flags that are unset are None."""
+
+
+def record_of(config: PDConfig, schedule: AlphaSchedule, total_samples: int) -> Record:
+    """The configuration, and what the run's length and learning rate make of the α schedule."""
+    record: dict[str, Any] = {
+        flag_of(option.name): list(value) if isinstance(value, tuple) else value
+        for option in fields(config)
+        for value in [getattr(config, option.name)]
+    }
+    record["samples of the run"] = total_samples
+    for name, value in schedule.phases.items():
+        record[f"α: {name}"] = value
+    return record
+
+
+def record_of_checkpoint(args: argparse.Namespace) -> Record | None:
+    """The record in the checkpoint that `args.load` names; None where that had no distillation.
+
+    Raises:
+        LookupError: this run does not go on from a checkpoint.
+    """
+    # Importing Megatron needs a prepared device (megatron/cpu.py), which the rest here does not.
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    if args.load is None or args.finetune:
+        raise LookupError("a new run")
+    own = copy.copy(args)
+    own.exit_on_missing_checkpoint = False  # Megatron exits itself, on all ranks, when it loads
+    # It also adopts the checkpoint's model sizes into `own`, which it says in 60 lines.
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = load_args_from_checkpoint(own)
+    if not isinstance(found, tuple):
+        raise LookupError(f"{args.load} holds no checkpoint")
+    return getattr(found[1], "pd_resolved", None)
+
+
+def changes(old: Record | None, new: Record | None) -> list[str]:
+    """What differs between two records, one sentence each; None is no distillation."""
+    if old is None or new is None:
+        if old is None and new is None:
+            return []
+        return [
+            f"Distillation was {'off' if old is None else 'on'} and is now "
+            f"{'on' if old is None else 'off'}."
+        ]
+    return [
+        f"{name} was {_shown(old, name)} and is now {_shown(new, name)}."
+        for name in [*new, *(name for name in old if name not in new)]
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _shown(record: Record, name: str) -> str:
+    value = record.get(name)
+    return "unset" if value is None else str(value)

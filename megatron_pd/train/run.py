@@ -1,0 +1,168 @@
+"""A training run: Megatron's own `pretrain()` with the --pd-* flags, teacher data and forward step.
+
+flags → PDConfig → teacher data checked → datasets → forward_step → loss
+"""
+
+import functools
+import os
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+
+from megatron_pd.data.batch import ROWS_TIMER, builds_dataset
+from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
+from megatron_pd.errors import UserError
+from megatron_pd.megatron import cpu, optional_kernels
+from megatron_pd.megatron.arguments import (
+    add_pd_arguments,
+    pd_config_from_args,
+    resolve_schedule,
+    total_samples,
+)
+from megatron_pd.megatron.patches import (
+    print_timer,
+    resume_distributed_optimizer,
+    skip_helpers_compilation,
+)
+from megatron_pd.train.forward_step import Distillation, forward_step
+from megatron_pd.train.resolved_config import changes, record_of, record_of_checkpoint
+from megatron_pd.train.teacher_data import open_teacher_data
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Parse, check, train. Returns the exit status; bad input raises UserError before training."""
+    _refuse_early(parse_args(_extra_arguments))
+    args = parse_and_validate_args(_extra_arguments)
+    distillation = _build_distillation(args)
+    # In the arguments, the record is kept in checkpoints.
+    args.pd_resolved = None
+    if distillation is not None:
+        args.pd_resolved = record_of(
+            distillation.config, distillation.schedule, distillation.total_samples
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(_report(args), flush=True)
+    skip_helpers_compilation()
+    resume_distributed_optimizer()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    provider: Any = functools.partial(
+        _provide_datasets, distillation=distillation, model_config=config.model.transformer
+    )
+    provider.is_distributed = True  # every rank calls it; each knows whether it reads data
+    pretrain(
+        config,
+        provider,
+        ModelType.encoder_or_decoder,
+        functools.partial(forward_step, distillation=distillation),
+    )
+    return 0
+
+
+def _report(args: Any) -> str:
+    """What distillation does in this run, for the log, and what is new since its checkpoint."""
+    if args.pd_resolved is None:
+        lines = ["pre-training distillation: off"]
+    else:
+        lines = ["pre-training distillation:"]
+        lines += [
+            f"  {name} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in args.pd_resolved.items()
+            if value is not None and value is not False
+        ]
+    if args.pd_recipe_set:
+        lines.append(f"--pd-recipe {args.pd_recipe} set {', '.join(args.pd_recipe_set)}")
+    try:
+        changed = changes(record_of_checkpoint(args), args.pd_resolved)
+    except LookupError:
+        return "\n".join(lines)
+    if changed:
+        lines.append(f"distillation differs from that of the checkpoint in {args.load}:")
+        lines += [f"  {change}" for change in changed]
+    return "\n".join(lines)
+
+
+def _extra_arguments(parser):
+    cpu.set_cpu_defaults(parser)
+    optional_kernels.set_gpu_defaults(parser)
+    # Megatron 0.19.2 divides by it even where --eval-iters 0 asks for no validation.
+    parser.set_defaults(eval_interval=1000)
+    return add_pd_arguments(parser)
+
+
+def _refuse_early(args: Any) -> None:
+    """What Megatron would refuse with an assertion, or not at all, is refused with a sentence."""
+    cpu.check_cpu_args(args)
+    optional_kernels.check_gpu_args(args)
+    config = pd_config_from_args(args)
+    unsupported = {
+        "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
+        "--hybrid-context-parallel": args.hybrid_context_parallel,
+        "--sft": args.sft,
+        "--fim-data": args.fim_data,
+        "--mock-data (with --pd-* flags)": args.mock_data and config is not None,
+        "--logits-load-dir": args.logits_load_dir,
+        "--logits-save-dir": args.logits_save_dir,
+    }
+    for flag, given in unsupported.items():
+        if given:
+            raise UserError(
+                f"{flag} is not supported by megatron_pd.pretrain, which trains on the tokens of "
+                "--data-path and on their logit store: drop the flag."
+            )
+
+
+def _build_distillation(args: Any) -> Distillation | None:
+    config = pd_config_from_args(args)
+    if config is None:
+        return None
+    return Distillation(
+        config,
+        resolve_schedule(config, args),
+        total_samples(args),
+        open_teacher_data(args, config),
+    )
+
+
+def _provide_datasets(
+    num_samples: list[int],
+    vp_stage: int | None = None,
+    *,
+    distillation: Distillation | None,
+    model_config: Any,
+) -> tuple[Any, Any, Any]:
+    """The train, validation and test datasets of this rank (Megatron's dataset provider)."""
+    args = get_args()
+    fields = dataset_fields(args)
+    dataset_class: type[GPTDataset]
+    if args.mock_data:
+        dataset_class, config = MockGPTDataset, GPTDatasetConfig(**fields)
+    elif distillation is None:
+        dataset_class, config = GPTDataset, GPTDatasetConfig(**fields)
+    else:
+        print_timer(get_timers(), ROWS_TIMER)  # there are no timers before pretrain()
+        dataset_class = PDGPTDataset
+        config = PDGPTDatasetConfig(
+            **fields,
+            stores=distillation.data.stores,
+            teacher_columns=distillation.data.columns if _is_last_stage(vp_stage) else 0,
+            teacher_statistic=distillation.data.statistic,
+            teacher_timed=args.timing_log_level >= 2,
+        )
+    return BlendedMegatronDatasetBuilder(
+        dataset_class,
+        num_samples,
+        functools.partial(builds_dataset, vp_stage, model_config),
+        config,
+    ).build()
+
+
+def _is_last_stage(vp_stage: int | None) -> bool:
+    return mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)

@@ -1,0 +1,313 @@
+"""One training step of a Megatron GPT: LM only, distilled by megatron_pd, by Megatron's own loss.
+
+    python tools/benchmarks/bench_gpt_step.py     # the 1.9B student cut to 4 layers, on a GPU
+    python tools/benchmarks/bench_gpt_step.py --device cpu --layers 1 --hidden-size 64 \\
+        --seq-length 32 --vocab-size 1000
+
+Megatron's GPTModel in bf16 under its Float16Module, its DistributedDataParallel and its optimizer,
+on one device, with random tokens and random teacher rows that lie there already: the steps differ
+in the loss alone. Transformer Engine's layers are used where it is installed, Megatron's local ones
+otherwise. Megatron's cached-logits loss is its own code, StudentLogitsCapture and topk_kl_div, on
+the same rows instead of on its files. The three distilled losses are compared before anything is
+timed; the fastest of the repeats counts.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench_loss import now, peak_memory, random_teacher
+from torch import Tensor
+
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.losses import mix
+from megatron_pd.distill.targets import TeacherTargets
+from megatron_pd.errors import reporting_errors
+from megatron_pd.megatron import cpu
+from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
+
+ALPHA = 0.9
+
+
+@dataclass
+class Batch:
+    """One micro-batch; the teacher's rows are batch first."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    labels_BS: Tensor
+    teacher_BSK: TeacherTargets
+
+    @classmethod
+    def random(cls, options: argparse.Namespace) -> "Batch":
+        generator = torch.Generator(options.device).manual_seed(1)
+        shape = options.micro_batch_size, options.seq_length
+        tokens = torch.randint(
+            options.vocab_size,
+            (shape[0], shape[1] + 1),
+            device=options.device,
+            generator=generator,
+        )
+        teacher = random_teacher(shape, options.vocab_size, options.k, options.device, generator)
+        positions = torch.arange(shape[1], device=options.device).expand(shape)
+        return cls(tokens[:, :-1].contiguous(), positions, tokens[:, 1:].contiguous(), teacher)
+
+
+@dataclass
+class Measurement:
+    forward_ms: float
+    backward_ms: float
+    optimizer_ms: float
+    peak_bytes: int
+    """Most memory in use during the step beyond parameters, gradients and optimizer state."""
+
+    loss: float
+
+    @property
+    def step_ms(self) -> float:
+        return self.forward_ms + self.backward_ms + self.optimizer_ms
+
+
+class Trainer:
+    """The model with everything that a step of Megatron's training loop does to it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from megatron.core.transformer.module import Float16Module
+
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        config = transformer_config(options)
+        self.gpt = GPTModel(
+            config,
+            layer_spec(),
+            options.vocab_size,
+            options.seq_length,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+        )
+        self.gpt.to(options.device)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.model = DistributedDataParallel(config, ddp, Float16Module(config, self.gpt))
+        adam = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16)
+        self.optimizer = get_megatron_optimizer(adam, [self.model])
+        self.finalize_grads = lambda: finalize_model_grads([self.model])
+        self.device = torch.device(options.device)
+
+    def step(self, loss_of: Callable[[], Tensor]) -> tuple[float, float, float, float]:
+        """Milliseconds forward, backward and of the optimizer, and the loss."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        times = [now(self.device)]
+        loss = loss_of()
+        times.append(now(self.device))
+        loss.backward()
+        times.append(now(self.device))
+        self.finalize_grads()
+        self.optimizer.step()
+        times.append(now(self.device))
+        forward, backward, optimizer = (
+            (end - start) * 1e3 for start, end in itertools.pairwise(times)
+        )
+        return forward, backward, optimizer, loss.item()
+
+    def measure(self, loss_of: Callable[[], Tensor], repeats: int) -> Measurement:
+        self.step(loss_of)  # warms up
+        runs = [self.step(loss_of) for _ in range(repeats)]
+        with peak_memory(self.device) as peak:
+            self.step(loss_of)
+        forward, backward, optimizer, _ = (min(times) for times in zip(*runs, strict=True))
+        return Measurement(forward, backward, optimizer, peak[0], runs[-1][3])
+
+
+def transformer_config(options: argparse.Namespace) -> Any:
+    """The 1.9B student of examples/models/1.9b.sh, with the options' sizes."""
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=options.layers,
+        hidden_size=options.hidden_size,
+        ffn_hidden_size=options.hidden_size * 27 // 8,
+        num_attention_heads=16,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        use_cpu_initialization=options.device == "cpu",
+        gradient_accumulation_fusion=False,
+        # Megatron's fused kernels for these are of Apex, or compiled at run time.
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec() -> Any:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if HAVE_TE and not cpu.is_cpu():
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+
+
+# --- the contenders: a forward pass that ends in the mean loss ------------------------------------
+
+
+def lm_only(trainer: Trainer, batch: Batch, *, fused: bool) -> Tensor:
+    trainer.gpt.config.cross_entropy_loss_fusion = fused
+    return trainer.model(batch.tokens_BS, batch.positions_BS, None, labels=batch.labels_BS).mean()
+
+
+def distilled(trainer: Trainer, batch: Batch, config: PDConfig) -> Tensor:
+    context = DistillationContext(
+        config, batch.teacher_BSK, trainer.gpt.tp_group, sequence_parallel=False
+    )
+    lm_BS, kd_BS = trainer.model(
+        batch.tokens_BS,
+        batch.positions_BS,
+        None,
+        labels=batch.labels_BS,
+        output_processor=distillation_output_processor,
+        output_processor_context=context,
+    )
+    return mix(ALPHA, lm_BS, kd_BS, batch.teacher_BSK.counts).mean()
+
+
+def cached_logits(trainer: Trainer, batch: Batch) -> Tensor:
+    """Megatron's: the logits caught at the output layer, its KL with ghost token, its LM loss."""
+    from megatron.training.distillation import StudentLogitsCapture
+    from megatron.training.distillation.cached_logits_loss import topk_kl_div
+
+    capture = StudentLogitsCapture()
+    capture.attach_hooks(trainer.gpt)
+    try:
+        lm = lm_only(trainer, batch, fused=False)
+        logits_SBV = capture.pop()
+    finally:
+        capture.remove_hooks()
+    teacher_SBK = batch.teacher_BSK.map(lambda rows: rows.transpose(0, 1))
+    kd = topk_kl_div(
+        logits_SBV,
+        teacher_SBK.logprobs,
+        teacher_SBK.ids.long(),
+        1,
+        0,
+        trainer.gpt.tp_group,
+        add_ghost_token=True,
+    )
+    return torch.lerp(lm, kd.mean(), ALPHA)
+
+
+def contenders(trainer: Trainer, batch: Batch, chunk: int) -> dict[str, Callable[[], Tensor]]:
+    whole = PDConfig(loss="kld", tail="ghost")
+    chunked = PDConfig(loss="kld", tail="ghost", loss_chunk_tokens=chunk)
+    return {
+        "LM only": lambda: lm_only(trainer, batch, fused=False),
+        "LM only, fused CE": lambda: lm_only(trainer, batch, fused=True),
+        "megatron_pd": lambda: distilled(trainer, batch, whole),
+        f"megatron_pd, chunks of {chunk}": lambda: distilled(trainer, batch, chunked),
+        "Megatron cached logits": lambda: cached_logits(trainer, batch),
+    }
+
+
+@torch.no_grad()
+def assert_same_losses(steps: dict[str, Callable[[], Tensor]]) -> None:
+    losses = {name: loss_of().item() for name, loss_of in steps.items()}
+    if not max(losses.values()) <= 1.001 * min(losses.values()):
+        raise SystemExit(f"error: these losses should be one: {losses}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=151_552)
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--k", type=int, default=50, help="teacher entries a token")
+    parser.add_argument("--chunk-tokens", type=int, help="default: a quarter of the micro-batch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
+    options = parser.parse_args()
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["MEGATRON_PD_DEVICE"] = options.device
+    with reporting_errors():
+        cpu.install()
+    backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    report = compare(options)
+    dist.destroy_process_group()
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the table and return what it says."""
+    trainer, batch = Trainer(options), Batch.random(options)
+    tokens = batch.tokens_BS.numel()
+    chunk = options.chunk_tokens or tokens // 4
+    logits_bytes = 2 * tokens * options.vocab_size
+    print(
+        f"\nGPT of {options.layers} layers, hidden {options.hidden_size}, vocabulary "
+        f"{options.vocab_size}, {tokens} tokens, K = {options.k}, bf16, {options.device}: "
+        f"logits {logits_bytes / 1e6:.0f} MB"
+    )
+    print(f"{'':32}{'forward':>11}{'backward':>11}{'optimizer':>11}{'step':>11}{'peak':>12}")
+    steps = contenders(trainer, batch, chunk)
+    assert_same_losses({name: loss for name, loss in steps.items() if "LM" not in name})
+    results = {}
+    for name, loss_of in steps.items():
+        result = results[name] = trainer.measure(loss_of, options.repeats)
+        print(
+            f"{name:32}{result.forward_ms:8.1f} ms{result.backward_ms:8.1f} ms"
+            f"{result.optimizer_ms:8.1f} ms{result.step_ms:8.1f} ms"
+            f"{result.peak_bytes / 1e6:9.0f} MB",
+            flush=True,
+        )
+    lm = results["LM only"].step_ms
+    for name in ("megatron_pd", "Megatron cached logits"):
+        print(f"{name}: {results[name].step_ms / lm - 1:+.1%} over the LM-only step.")
+    return {
+        "tokens": tokens,
+        "logits_bytes": logits_bytes,
+        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
+        "contenders": [
+            dict(name=name, step_ms=result.step_ms, **vars(result))
+            for name, result in results.items()
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
