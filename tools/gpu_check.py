@@ -119,10 +119,8 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
         no_sanitizer = "compute-sanitizer is for a GPU."
 
     yield runner.run("tests", [*pytest, *plan.tests], unless=no_tests)
-    yield runner.benchmark("loss", "benchmarks/bench_loss.py", plan.loss)
-    yield runner.benchmark(
-        "gpt step", "benchmarks/bench_gpt_step.py", plan.gpt_step, unless=no_megatron
-    )
+    yield runner.benchmark("loss", "bench_loss.py", plan.loss)
+    yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
     for tool in ("memcheck", "racecheck"):
         command = [str(find_compute_sanitizer()), "--tool", tool, "--error-exitcode", "9"]
         command += ["--target-processes", "all", *pytest, *SANITIZED_TESTS]
