@@ -6,7 +6,7 @@ same way on the last stage only, and are then cut for context parallelism with t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,14 +15,15 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 
+from megatron_pd.data.dataset import ROWS_SECONDS
 from megatron_pd.data.prefetch import prefetch
+from megatron_pd.distill.targets import TeacherTargets
 
 __all__ = ["ROWS_TIMER", "builds_dataset", "get_batch"]
 
 ROWS_TIMER = "teacher-rows"
-"""Megatron's timer, of log level 2, of what the teacher's rows keep this process waiting: bringing
-them to the device and the other TP ranks, and of the wait for the micro-batch as much as gathering
-its rows took, an upper bound."""
+"""Megatron's timer, of log level 2: an upper bound on the time spent waiting for teacher rows, the
+device copy and TP broadcast plus min(wait for the micro-batch, time to read its rows)."""
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # Keys that Megatron's functions look up for packed sequences, which this data loader has none of.
@@ -44,18 +45,17 @@ def get_batch(
     vp_stage: int | None,
     config: Any,
     teacher_columns: int,
-    teacher_statistic: bool = False,
+    teacher_statistic: str | None = None,
 ) -> dict[str, Any]:
     """The next micro-batch, on this rank's device; None for what this pipeline stage doesn't need.
 
     Args:
         teacher_columns: K of the teacher's rows; 0 where the samples carry none.
-        teacher_statistic: whether the samples also carry a statistic of every row.
+        teacher_statistic: the statistic of every row that the samples also carry.
     Returns:
         tokens, labels, position_ids int64 [B, S], loss_mask float32 [B, S], attention_mask, and on
-        the last stage with `teacher_columns` also teacher_ids int32 [B, S, K], teacher_logprobs
-        float32 [B, S, K], teacher_counts int32 [B, S] and, if asked for, teacher_statistic float32
-        [B, S]; S is this context-parallel rank's share.
+        the last stage with `teacher_columns` also what `TeacherTargets.from_batch` finds, rows
+        [B, S, K]; S is this context-parallel rank's share.
     """
     args = get_args()
     if not _uses_data(vp_stage, config):
@@ -99,41 +99,39 @@ def get_batch(
         shape = (micro_batch_size, args.seq_length)
         timer = get_timers()(ROWS_TIMER, log_level=2)
         timer.start()
-        batch.update(_broadcast_rows(sample, shape, teacher_columns, teacher_statistic))
+        statistics = [] if teacher_statistic is None else [teacher_statistic]
+        targets = _rows_on_this_tp_rank(sample, shape, teacher_columns, statistics)
+        batch.update(targets.to_sample())
         timer.stop()
-        if "teacher_seconds" in sample:
-            gathering = float(sample["teacher_seconds"].sum())
+        if ROWS_SECONDS in sample:
+            gathering = float(sample[ROWS_SECONDS].sum())
             timer.set_elapsed(timer.elapsed(reset=False) + min(waited, gathering))
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
 
 
-def _broadcast_rows(
-    sample: dict[str, torch.Tensor], shape: tuple[int, int], columns: int, statistic: bool
-) -> dict[str, torch.Tensor]:
+def _rows_on_this_tp_rank(
+    sample: dict[str, torch.Tensor],
+    shape: tuple[int, int],
+    columns: int,
+    statistics: Collection[str],
+) -> TeacherTargets:
     """The sample's teacher rows on every TP rank; the first one has them."""
+    read = TeacherTargets.from_batch(sample)
     if mpu.get_tensor_model_parallel_world_size() == 1:
-        keys = ["teacher_ids", "teacher_logprobs", "teacher_counts"]
-        keys += ["teacher_statistic"] if statistic else []
-        return {key: sample[key].cuda(non_blocking=True) for key in keys}
-    device = torch.cuda.current_device()
-    rows = {
-        "teacher_ids": torch.empty(*shape, columns, dtype=torch.int32, device=device),
-        "teacher_logprobs": torch.empty(*shape, columns, dtype=torch.float32, device=device),
-        "teacher_counts": torch.empty(*shape, dtype=torch.int32, device=device),
-    }
-    if statistic:
-        rows["teacher_statistic"] = torch.empty(*shape, dtype=torch.float32, device=device)
-    for key, buffer in rows.items():
-        if sample:
-            buffer.copy_(sample[key], non_blocking=True)
+        assert read is not None
+        return read.map(lambda rows: rows.cuda(non_blocking=True))
+    targets = TeacherTargets.empty(shape, columns, statistics, torch.cuda.current_device())
+    for name, buffer in targets.tensors().items():
+        if read is not None:
+            buffer.copy_(read.tensors()[name], non_blocking=True)
         torch.distributed.broadcast(
             buffer,
             mpu.get_tensor_model_parallel_src_rank(),
             group=mpu.get_tensor_model_parallel_group(),
         )
-    return rows
+    return targets
 
 
 def _uses_data(vp_stage: int | None, config: Any) -> bool:

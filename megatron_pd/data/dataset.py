@@ -19,9 +19,19 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.store import LogitStore
 
-__all__ = ["PDGPTDataset", "PDGPTDatasetConfig", "dataset_fields", "document_spans"]
+__all__ = [
+    "ROWS_SECONDS",
+    "PDGPTDataset",
+    "PDGPTDatasetConfig",
+    "dataset_fields",
+    "document_spans",
+]
+
+ROWS_SECONDS = "rows_seconds"
+"""Entry of a sample: how long reading its teacher rows took, in seconds."""
 
 
 @dataclass
@@ -32,11 +42,11 @@ class PDGPTDatasetConfig(GPTDatasetConfig):
     """Corpus prefix → path of its logit store. Only the training split is read from it."""
 
     teacher_columns: int = 0
-    """K: columns of every row; of longer rows the strongest K entries. 0: read no rows (a rank
-    that computes no loss)."""
+    """K: columns of every row; of longer rows the top K entries. 0: read no rows (a rank that
+    computes no loss)."""
 
     teacher_statistic: str | None = None
-    """A per-row column of the stores, "entropy" or "std", to go with the rows."""
+    """A statistic of the stores, "entropy" or "std", to go with the rows."""
 
     teacher_timed: bool = False
     """Whether a sample also says how long its rows took."""
@@ -45,9 +55,8 @@ class PDGPTDatasetConfig(GPTDatasetConfig):
 class PDGPTDataset(GPTDataset):
     """GPTDataset whose training samples also carry the teacher's rows.
 
-    Adds to each sample: `teacher_ids` int32 [S, K] (−1 padded), `teacher_logprobs` float32 [S, K],
-    `teacher_counts` int32 [S]; with `teacher_statistic` also `teacher_statistic` float32 [S], and
-    with `teacher_timed` also `teacher_seconds`, a float.
+    Adds to each sample what `TeacherTargets.to_sample` gives, rows [S, K], and with `teacher_timed`
+    also ROWS_SECONDS, a float.
     """
 
     config: PDGPTDatasetConfig
@@ -66,12 +75,10 @@ class PDGPTDataset(GPTDataset):
 
     def _teacher_rows(self, store: LogitStore, idx: int) -> dict[str, Any]:
         begin = time.perf_counter()
-        length, columns = self.config.sequence_length, self.config.teacher_columns
-        ids = np.full((length, columns), -1, dtype=np.int32)
-        logprobs = np.zeros((length, columns), dtype=np.float32)
-        counts = np.zeros(length, dtype=np.int32)
-        statistic = np.ones(length, dtype=np.float32)
-        name = self.config.teacher_statistic
+        length, name = self.config.sequence_length, self.config.teacher_statistic
+        names = [] if name is None else [name]
+        targets = TeacherTargets.empty((length,), self.config.teacher_columns, names)
+        arrays = {key: tensor.numpy() for key, tensor in targets.tensors().items()}
         sample = self.shuffle_index[idx]
         spans = document_spans(
             self.document_index,
@@ -81,20 +88,20 @@ class PDGPTDataset(GPTDataset):
             length,
         )
         rows = int(spans[:, 2].sum())
-        columns_out = {} if name is None else {name: statistic[:rows]}
-        store.gather(spans, ids[:rows], logprobs[:rows], counts[:rows], columns_out)
-        # Rows without a teacher have no statistic; any number will do, but NaN would spread.
-        np.nan_to_num(statistic, copy=False, nan=1.0)
-        rows_of_sample: dict[str, Any] = {
-            "teacher_ids": torch.from_numpy(ids),
-            "teacher_logprobs": torch.from_numpy(logprobs),
-            "teacher_counts": torch.from_numpy(counts),
-        }
-        if name is not None:
-            rows_of_sample["teacher_statistic"] = torch.from_numpy(statistic)
+        store.gather(
+            spans,
+            arrays["ids"][:rows],
+            arrays["logprobs"][:rows],
+            arrays["counts"][:rows],
+            {name: arrays[name][:rows] for name in names},
+        )
+        for name in names:
+            # Rows without a teacher have no statistic; any number will do, but NaN would spread.
+            np.nan_to_num(arrays[name], copy=False, nan=1.0)
+        sample_rows: dict[str, Any] = targets.to_sample()
         if self.config.teacher_timed:
-            rows_of_sample["teacher_seconds"] = time.perf_counter() - begin
-        return rows_of_sample
+            sample_rows[ROWS_SECONDS] = time.perf_counter() - begin
+        return sample_rows
 
 
 def dataset_fields(args: Any) -> dict[str, Any]:

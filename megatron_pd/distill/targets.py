@@ -13,8 +13,9 @@ full-vocabulary mass reaches p, so the token that crosses p is kept; of it, the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ __all__ = [
     "top_p_k",
     "truncate",
 ]
+
+
+_SAMPLE_PREFIX = "teacher_"
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,45 @@ class TeacherTargets:
         """bool [..., K], true where a column holds an entry."""
         return row_mask(self.counts, self.ids.shape[-1])
 
+    @classmethod
+    def empty(
+        cls,
+        leading: tuple[int, ...],
+        columns: int,
+        statistics: Collection[str] = (),
+        device: torch.device | int | str = "cpu",
+    ) -> TeacherTargets:
+        """Rows without an entry, [*leading, columns], with the given statistics, all NaN."""
+        return cls(
+            torch.full((*leading, columns), -1, dtype=torch.int32, device=device),
+            torch.zeros((*leading, columns), device=device),
+            torch.zeros(leading, dtype=torch.int32, device=device),
+            **{name: torch.full(leading, torch.nan, device=device) for name in statistics},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name → tensor, of those that are there."""
+        named = ((option.name, getattr(self, option.name)) for option in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def to_sample(self) -> dict[str, Tensor]:
+        """The rows as entries of a data loader's sample, in which `from_batch` finds them again."""
+        return {_SAMPLE_PREFIX + name: tensor for name, tensor in self.tensors().items()}
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> TeacherTargets | None:
+        """The rows [B, S, K] of a micro-batch; None where its samples carry none."""
+        found = {
+            option.name: batch[_SAMPLE_PREFIX + option.name]
+            for option in fields(cls)
+            if _SAMPLE_PREFIX + option.name in batch
+        }
+        return cls(**found) if found else None
+
     def map(self, transform: Callable[[Tensor], Tensor]) -> TeacherTargets:
         """The same rows with `transform`, which acts on leading axes only, on each tensor."""
         return TeacherTargets(
-            transform(self.ids),
-            transform(self.logprobs),
-            transform(self.counts),
-            None if self.entropy is None else transform(self.entropy),
-            None if self.std is None else transform(self.std),
+            **{name: transform(tensor) for name, tensor in self.tensors().items()}
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherTargets:

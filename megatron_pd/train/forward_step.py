@@ -53,7 +53,7 @@ def forward_step(
         vp_stage=get_attr_wrapped_model(model, "vp_stage"),
         config=get_attr_wrapped_model(model, "config"),
         teacher_columns=distils.data.columns if distils else 0,
-        teacher_statistic=distils is not None and distils.data.statistic is not None,
+        teacher_statistic=distils.data.statistic if distils else None,
     )
     timers("batch-generator").stop()
     inputs = {
@@ -63,15 +63,9 @@ def forward_step(
         "labels": batch["labels"],
         "loss_mask": batch["loss_mask"],
     }
-    if distils is None or batch.get("teacher_ids") is None:
+    teacher = TeacherTargets.from_batch(batch)
+    if distils is None or teacher is None:
         return model(**inputs), functools.partial(lm_loss, batch["loss_mask"])
-    statistic = distils.data.statistic
-    teacher = TeacherTargets(
-        batch["teacher_ids"],
-        batch["teacher_logprobs"],
-        batch["teacher_counts"],
-        **({} if statistic is None else {statistic: batch["teacher_statistic"]}),
-    )
     losses_2BS = model(
         **inputs,
         output_processor=distillation_output_processor,

@@ -1,6 +1,6 @@
 """What distillation does in a run, for its log and its checkpoints, and what a resumed run changes.
 
-The record is kept among Megatron's own arguments, which every checkpoint holds.
+It is kept among Megatron's own arguments, which every checkpoint holds.
 """
 
 import argparse
@@ -14,27 +14,29 @@ from typing import Any
 from megatron_pd.distill.config import PDConfig, flag_of
 from megatron_pd.distill.schedules import AlphaSchedule
 
-__all__ = ["changes", "record_of", "record_of_checkpoint"]
+__all__ = ["changes", "resolved_config", "resolved_config_of_checkpoint"]
 
-Record = Mapping[str, Any]
+ResolvedConfig = Mapping[str, Any]
 """What is shown → a plain JSON value; flags that are unset are None."""
 
 
-def record_of(config: PDConfig, schedule: AlphaSchedule, total_samples: int) -> Record:
+def resolved_config(
+    config: PDConfig, schedule: AlphaSchedule, total_samples: int
+) -> ResolvedConfig:
     """The configuration, and what the run's length and learning rate make of the α schedule."""
-    record: dict[str, Any] = {
+    resolved: dict[str, Any] = {
         flag_of(option.name): list(value) if isinstance(value, tuple) else value
         for option in fields(config)
         for value in [getattr(config, option.name)]
     }
-    record["samples of the run"] = total_samples
+    resolved["samples of the run"] = total_samples
     for name, value in schedule.phases.items():
-        record[f"α: {name}"] = value
-    return record
+        resolved[f"α: {name}"] = value
+    return resolved
 
 
-def record_of_checkpoint(args: argparse.Namespace) -> Record | None:
-    """The record in the checkpoint that `args.load` names; None where that had no distillation.
+def resolved_config_of_checkpoint(args: argparse.Namespace) -> ResolvedConfig | None:
+    """That of the checkpoint that `args.load` names; None where it had no distillation.
 
     Raises:
         LookupError: this run does not go on from a checkpoint.
@@ -54,8 +56,8 @@ def record_of_checkpoint(args: argparse.Namespace) -> Record | None:
     return getattr(found[1], "pd_resolved", None)
 
 
-def changes(old: Record | None, new: Record | None) -> list[str]:
-    """What differs between two records, one sentence each; None is no distillation."""
+def changes(old: ResolvedConfig | None, new: ResolvedConfig | None) -> list[str]:
+    """What differs between two resolved configs, one sentence each; None is no distillation."""
     if old is None or new is None:
         if old is None and new is None:
             return []
@@ -70,6 +72,6 @@ def changes(old: Record | None, new: Record | None) -> list[str]:
     ]
 
 
-def _shown(record: Record, name: str) -> str:
-    value = record.get(name)
+def _shown(resolved: ResolvedConfig, name: str) -> str:
+    value = resolved.get(name)
     return "unset" if value is None else str(value)

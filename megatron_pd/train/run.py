@@ -31,7 +31,11 @@ from megatron_pd.megatron.patches import (
     skip_helpers_compilation,
 )
 from megatron_pd.train.forward_step import Distillation, forward_step
-from megatron_pd.train.resolved_config import changes, record_of, record_of_checkpoint
+from megatron_pd.train.resolved_config import (
+    changes,
+    resolved_config,
+    resolved_config_of_checkpoint,
+)
 from megatron_pd.train.teacher_data import open_teacher_data
 
 __all__ = ["main"]
@@ -42,10 +46,10 @@ def main() -> int:
     _refuse_early(parse_args(_extra_arguments))
     args = parse_and_validate_args(_extra_arguments)
     distillation = _build_distillation(args)
-    # In the arguments, the record is kept in checkpoints.
+    # Megatron keeps its arguments in checkpoints, and this with them.
     args.pd_resolved = None
     if distillation is not None:
-        args.pd_resolved = record_of(
+        args.pd_resolved = resolved_config(
             distillation.config, distillation.schedule, distillation.total_samples
         )
     if int(os.environ.get("RANK", "0")) == 0:
@@ -80,7 +84,7 @@ def _report(args: Any) -> str:
     if args.pd_recipe_set:
         lines.append(f"--pd-recipe {args.pd_recipe} set {', '.join(args.pd_recipe_set)}")
     try:
-        changed = changes(record_of_checkpoint(args), args.pd_resolved)
+        changed = changes(resolved_config_of_checkpoint(args), args.pd_resolved)
     except LookupError:
         return "\n".join(lines)
     if changed:

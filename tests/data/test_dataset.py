@@ -11,6 +11,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_pd.data.corpus import MegatronCorpus, store_path_of
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig
+from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
 
@@ -80,34 +81,37 @@ def test_row_s_is_the_teachers_distribution_of_label_s(prefix):
     for sample in (dataset[i] for i in range(len(dataset))):
         tokens, labels = sample["tokens"].numpy(), sample["labels"].numpy()
         taught = tokens != EOD  # a document ends with EOD; what follows has no teacher
-        counts = sample["teacher_counts"].numpy()
+        rows = TeacherTargets.from_batch(sample)
+        counts = rows.counts.numpy()
         np.testing.assert_array_equal(counts, np.where(taught, 2, 0))
-        ids = sample["teacher_ids"].numpy()
+        ids = rows.ids.numpy()
         np.testing.assert_array_equal(ids[taught, 0], labels[taught])
         np.testing.assert_array_equal(ids[taught, 1], labels[taught] + 1)
         assert (ids[~taught] == -1).all()
-        np.testing.assert_allclose(sample["teacher_logprobs"].numpy()[taught, 0], np.log(0.6), 1e-6)
+        np.testing.assert_allclose(rows.logprobs.numpy()[taught, 0], np.log(0.6), 1e-6)
 
 
-def test_fewer_columns_keep_the_likeliest(prefix):
+def test_fewer_columns_keep_the_top_entries(prefix):
     sample = make_dataset(prefix, columns=1)[0]
-    assert sample["teacher_ids"].shape == (SEQUENCE_LENGTH, 1)
+    rows = TeacherTargets.from_batch(sample)
+    assert rows.ids.shape == (SEQUENCE_LENGTH, 1)
     taught = sample["tokens"] != EOD
-    assert (sample["teacher_ids"][taught, 0] == sample["labels"][taught]).all()
-    assert (sample["teacher_counts"][taught] == 1).all()
+    assert (rows.ids[taught, 0] == sample["labels"][taught]).all()
+    assert (rows.counts[taught] == 1).all()
 
 
 def test_rows_carry_the_statistic_that_is_asked_for(prefix):
     sample = make_dataset(prefix, teacher_statistic="entropy")[0]
     taught = sample["tokens"] != EOD
     expected = torch.where(taught, sample["tokens"].float(), 1.0)
-    torch.testing.assert_close(sample["teacher_statistic"], expected)
-    assert "teacher_statistic" not in make_dataset(prefix)[0]
+    found = TeacherTargets.from_batch(sample)
+    torch.testing.assert_close(found.entropy, expected)
+    assert TeacherTargets.from_batch(make_dataset(prefix)[0]).entropy is None
 
 
 def test_only_training_samples_carry_rows(prefix):
-    assert "teacher_ids" not in make_dataset(prefix, split=Split.valid)[0]
-    assert "teacher_ids" not in make_dataset(prefix, columns=0)[0]
+    assert TeacherTargets.from_batch(make_dataset(prefix, split=Split.valid)[0]) is None
+    assert TeacherTargets.from_batch(make_dataset(prefix, columns=0)[0]) is None
 
 
 def test_corpus_that_is_not_there():

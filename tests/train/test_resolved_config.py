@@ -1,20 +1,20 @@
-"""The record of a run's distillation, and what a resumed run is told to have changed."""
+"""What a run's distillation resolves to, and what a resumed run is told to have changed."""
 
 import json
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.schedules import AlphaSchedule
-from megatron_pd.train.resolved_config import changes, record_of
+from megatron_pd.train.resolved_config import changes, resolved_config
 
 
-def record(samples: int = 100, **settings):
+def resolved(samples: int = 100, **settings):
     config = PDConfig(**settings)
     schedule = AlphaSchedule(config.alpha_schedule, max=config.alpha, warmup=0.1)
-    return record_of(config, schedule, samples)
+    return resolved_config(config, schedule, samples)
 
 
 def test_changes_are_named_one_by_one():
-    old, new = record(), record(alpha=0.5, top_k=12)
+    old, new = resolved(), resolved(alpha=0.5, top_k=12)
     assert changes(old, old) == []
     assert changes(old, new) == [
         "--pd-top-k was unset and is now 12.",
@@ -26,14 +26,14 @@ def test_changes_are_named_one_by_one():
 
 
 def test_a_longer_run_and_another_alpha_curve_are_changes():
-    assert changes(record(100), record(200)) == ["samples of the run was 100 and is now 200."]
-    found = changes(record(), record(alpha_schedule="wsd"))
+    assert changes(resolved(100), resolved(200)) == ["samples of the run was 100 and is now 200."]
+    found = changes(resolved(), resolved(alpha_schedule="wsd"))
     assert "--pd-alpha-schedule was constant and is now wsd." in found
     assert "α: warmup was unset and is now 0.1." in found
 
 
-def test_the_record_survives_json():
-    found = record(store=["a.pd", "b.pd"], loss="jsd", alpha_schedule="wsd")
+def test_it_survives_json():
+    found = resolved(store=["a.pd", "b.pd"], loss="jsd", alpha_schedule="wsd")
     assert json.loads(json.dumps(found)) == found
     assert found["--pd-store"] == ["a.pd", "b.pd"]
     assert found["--pd-jsd-beta"] == 0.5
