@@ -127,7 +127,7 @@ class MappedShard {
     const Shard& get() const { return shard_; }
 
     void read(uint64_t begin, uint64_t end, Array<int32_t>& ids, Array<float>& logprobs,
-              Array<int32_t>& counts, uint64_t first, py::object columns) const {
+              Array<int32_t>& counts, uint64_t first, py::object statistics) const {
         if (ids.ndim() != 2 || logprobs.ndim() != 2 || counts.ndim() != 1 ||
             ids.shape(0) != counts.shape(0) || logprobs.shape(0) != counts.shape(0) ||
             ids.shape(1) != logprobs.shape(1) || begin > end ||
@@ -138,14 +138,14 @@ class MappedShard {
         out.ids += first * out.width;
         out.logprobs += first * out.width;
         out.counts += first;
-        float* pointers[kColumns];
-        if (!columns.is_none()) {
-            auto array = columns.cast<Array<float>>();
-            if (array.ndim() != 2 || array.shape(0) != kColumns ||
+        float* pointers[kStatistics];
+        if (!statistics.is_none()) {
+            auto array = statistics.cast<Array<float>>();
+            if (array.ndim() != 2 || array.shape(0) != kStatistics ||
                 uint64_t(array.shape(1)) != end - begin)
-                throw py::value_error("the output of columns must be [3, rows]");
-            for (int c = 0; c < kColumns; ++c) pointers[c] = array.mutable_data(c);
-            out.columns = pointers;
+                throw py::value_error("the output of statistics must be [3, rows]");
+            for (int c = 0; c < kStatistics; ++c) pointers[c] = array.mutable_data(c);
+            out.statistics = pointers;
         }
         const py::gil_scoped_release release;
         shard_.read(begin, end, out);
@@ -225,5 +225,5 @@ PYBIND11_MODULE(_logit_codec, module) {
         .def("check_frames", [](const MappedShard& shard) { shard.get().check_frames(); }, unlocked)
         .def("read", &MappedShard::read, py::arg("begin"), py::arg("end"),
              py::arg("ids").noconvert(), py::arg("logprobs").noconvert(),
-             py::arg("counts").noconvert(), py::arg("first"), py::arg("columns") = py::none());
+             py::arg("counts").noconvert(), py::arg("first"), py::arg("statistics") = py::none());
 }

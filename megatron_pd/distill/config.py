@@ -169,7 +169,7 @@ class PDConfig:
 
     @property
     def row_statistic(self) -> str | None:
-        """The column of the store that the adaptive temperature reads, if it reads one."""
+        """The per-row statistic that the adaptive temperature reads, if it reads one."""
         return {"normkd": "std", "adakd-sd": "std", "adakd-h": "entropy"}.get(
             self.adaptive_temperature or ""
         )

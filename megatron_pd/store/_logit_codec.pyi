@@ -63,5 +63,5 @@ class Shard:
         logprobs: np.ndarray,
         counts: np.ndarray,
         first: int,
-        columns: np.ndarray | None = None,
+        statistics: np.ndarray | None = None,
     ) -> None: ...

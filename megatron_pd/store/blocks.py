@@ -17,21 +17,21 @@ from megatron_pd.store.format import (
     FrameHeader,
     ShardHeader,
 )
-from megatron_pd.store.types import COLUMNS, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, StoreError, TeacherRows
 
 __all__ = ["CodedBlock", "RaggedRows", "Tables", "encode_frame", "tables_frame"]
 
-_COLUMN_DTYPES = {EXACT: "<f4", COMPACT: "<f2"}
+_STATISTICS_DTYPES = {EXACT: "<f4", COMPACT: "<f2"}
 
 
 @dataclass
 class RaggedRows:
-    """Rows without padding: counts [n], ids and logprobs [sum of counts], columns [n]."""
+    """Rows without padding: counts [n], ids and logprobs [sum of counts], statistics [n]."""
 
     counts: np.ndarray
     ids: np.ndarray
     logprobs: np.ndarray
-    columns: Mapping[str, np.ndarray]
+    statistics: Mapping[str, np.ndarray]
 
     @classmethod
     def of(cls, rows: TeacherRows, vocab_size: int, draws: int, where: str) -> RaggedRows:
@@ -43,10 +43,12 @@ class RaggedRows:
             flat = _logit_codec.ragged(ids, logprobs, counts, vocab_size, draws)
         except _logit_codec.BadRowsError as error:
             raise StoreError(f"{where}, {error}. Check what the teacher gave.") from None
-        columns = {name: np.array(column, np.float32) for name, column in rows.columns.items()}
-        if any(column.shape != counts.shape for column in columns.values()):
-            raise StoreError(f"{where}: each column must have one value per row.")
-        return cls(counts, *flat, columns)
+        statistics = {
+            name: np.array(values, np.float32) for name, values in rows.statistics.items()
+        }
+        if any(values.shape != counts.shape for values in statistics.values()):
+            raise StoreError(f"{where}: each statistic must have one value per row.")
+        return cls(counts, *flat, statistics)
 
     @classmethod
     def concatenate(cls, parts: list[RaggedRows]) -> RaggedRows:
@@ -55,8 +57,8 @@ class RaggedRows:
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
             {
-                name: np.concatenate([part.columns[name] for part in parts])
-                for name in parts[0].columns
+                name: np.concatenate([part.statistics[name] for part in parts])
+                for name in parts[0].statistics
             },
         )
 
@@ -70,9 +72,9 @@ class RaggedRows:
         for start in range(0, len(self), size):
             stop = min(start + size, len(self))
             first, last = ends[start], ends[stop]
-            columns = {name: column[start:stop] for name, column in self.columns.items()}
+            statistics = {name: values[start:stop] for name, values in self.statistics.items()}
             rows = (self.counts[start:stop], self.ids[first:last], self.logprobs[first:last])
-            parts.append(RaggedRows(*rows, columns))
+            parts.append(RaggedRows(*rows, statistics))
         return parts
 
 
@@ -97,11 +99,11 @@ class CodedBlock:
     """Coded rows on their way into a shard."""
 
     codec: int
-    columns: int  # a bit for each of COLUMNS
+    statistics: int  # a bit for each of STATISTICS
     rows: int
     entries: int
     max_count: int
-    body: bytes  # the columns' values, then the codec's stream
+    body: bytes  # the statistics, then the codec's stream
     tables: bytes | None  # payload of the tables that a `compact` stream was coded with
 
     def frame(self, row: int, digests: np.ndarray, tables_offset: int) -> bytes:
@@ -110,7 +112,7 @@ class CodedBlock:
         header = FrameHeader(
             ROWS_FRAME,
             self.codec,
-            self.columns,
+            self.statistics,
             self.rows,
             len(payload),
             row,
@@ -124,10 +126,12 @@ class CodedBlock:
 
     def part(self, start: int, stop: int, counts: np.ndarray, shard: ShardHeader) -> CodedBlock:
         """The rows [start, stop) of the block, bit by bit what they were. `counts`: of all rows."""
-        value_bytes = np.dtype(_COLUMN_DTYPES[self.codec]).itemsize
-        columns_end = self.columns.bit_count() * self.rows * value_bytes
-        values = np.frombuffer(self.body, np.uint8, columns_end).reshape(-1, self.rows, value_bytes)
-        stream = self.body[columns_end:]
+        value_bytes = np.dtype(_STATISTICS_DTYPES[self.codec]).itemsize
+        statistics_end = self.statistics.bit_count() * self.rows * value_bytes
+        values = np.frombuffer(self.body, np.uint8, statistics_end).reshape(
+            -1, self.rows, value_bytes
+        )
+        stream = self.body[statistics_end:]
         if self.codec == EXACT:
             stream = _part_of_exact(stream, counts, start, stop)
         else:
@@ -166,15 +170,17 @@ def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray, tables: Tables
     stream = (
         _logit_codec.encode_exact(*arrays) if tables is None else tables.encoder.encode(*arrays)
     )
-    names = [name for name in COLUMNS if name in rows.columns]
-    columns = [rows.columns[name].astype(_COLUMN_DTYPES[codec]).tobytes() for name in names]
+    names = [name for name in STATISTICS if name in rows.statistics]
+    statistics = [
+        rows.statistics[name].astype(_STATISTICS_DTYPES[codec]).tobytes() for name in names
+    ]
     block = CodedBlock(
         codec,
-        sum(1 << COLUMNS.index(name) for name in names),
+        sum(1 << STATISTICS.index(name) for name in names),
         len(rows),
         len(rows.ids),
         int(rows.counts.max(initial=0)),
-        b"".join([*columns, stream]),
+        b"".join([*statistics, stream]),
         None,
     )
     return block.frame(row, digests, 0 if tables is None else tables.offset)

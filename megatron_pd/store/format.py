@@ -211,7 +211,7 @@ class FrameHeader:
 
     type: int
     codec: int
-    columns: int
+    statistics: int
     rows: int
     payload_bytes: int
     row: int
@@ -230,7 +230,7 @@ class FrameHeader:
             self.MAGIC,
             self.type,
             self.codec,
-            self.columns,
+            self.statistics,
             self.rows,
             self.payload_bytes,
             self.row,
@@ -260,7 +260,7 @@ class Footer:
     blocks: int
     entries: int
     max_count: int
-    columns: int
+    statistics: int
     header_crc: int
 
     STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sQQQQQIII")
@@ -276,7 +276,7 @@ class Footer:
             self.blocks,
             self.entries,
             self.max_count,
-            self.columns,
+            self.statistics,
             self.header_crc,
         )
         return body + struct.pack("<I", zlib.crc32(body))

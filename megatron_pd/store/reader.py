@@ -20,7 +20,7 @@ from megatron_pd.store.format import (
     parse_shard_name,
 )
 from megatron_pd.store.shard import Shard
-from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 
 __all__ = ["LogitStore"]
 
@@ -64,15 +64,15 @@ class LogitStore:
         return self._manifest.draws
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """The per-row columns that its shards have, of `COLUMNS`."""
+    def statistics(self) -> tuple[str, ...]:
+        """The per-row statistics that its shards have, of `STATISTICS`."""
         present = {
             bit
             for shard in self._shards
-            for bit in range(len(COLUMNS))
-            if shard.footer.columns >> bit & 1
+            for bit in range(len(STATISTICS))
+            if shard.footer.statistics >> bit & 1
         }
-        return tuple(name for bit, name in enumerate(COLUMNS) if bit in present)
+        return tuple(name for bit, name in enumerate(STATISTICS) if bit in present)
 
     @property
     def codecs(self) -> set[str]:
@@ -157,34 +157,34 @@ class LogitStore:
         out_ids: np.ndarray,
         out_logprobs: np.ndarray,
         out_counts: np.ndarray,
-        out_columns: Mapping[str, np.ndarray] | None = None,
+        out_statistics: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Reads spans (int64 [n, 3]: document, offset, length) one after another into out_ids
         int32 [rows, K], out_logprobs float32 [rows, K], out_counts int32 [rows] and, by name,
-        out_columns float32 [rows] each (NaN where the store has no such value); all contiguous.
+        out_statistics float32 [rows] each (NaN where the store has no such value); all contiguous.
         Of a row with more than K entries the K likeliest are kept.  `rows` is the sum of the
         lengths."""
-        columns = out_columns or {}
+        statistics = out_statistics or {}
         out = (out_ids, out_logprobs, out_counts)
-        self._check_outputs(spans, out, columns)
+        self._check_outputs(spans, out, statistics)
         row = 0
         for document, offset, length in spans.tolist():
             shard, end = self._shard(document), row + length
-            values = np.full((len(COLUMNS), length), np.nan, np.float32) if columns else None
+            found = np.full((len(STATISTICS), length), np.nan, np.float32) if statistics else None
             if shard is None:
                 out_ids[row:end], out_logprobs[row:end], out_counts[row:end] = -1, 0, 0
             else:
-                shard.read_into(document, offset, length, out, row, values)
-            for name, column in columns.items():
-                assert values is not None
-                column[row:end] = values[COLUMNS.index(name)]
+                shard.read_into(document, offset, length, out, row, found)
+            for name, values in statistics.items():
+                assert found is not None
+                values[row:end] = found[STATISTICS.index(name)]
             row = end
 
     def _check_outputs(
         self,
         spans: np.ndarray,
         out: tuple[np.ndarray, np.ndarray, np.ndarray],
-        columns: Mapping[str, np.ndarray],
+        statistics: Mapping[str, np.ndarray],
     ) -> None:
         if (rows := int(spans[:, 2].sum())) != len(out[2]):
             raise StoreError(
@@ -198,8 +198,8 @@ class LogitStore:
                     f"{array.flags.c_contiguous}) given; pass contiguous int32 ids [rows, K], "
                     "float32 logprobs [rows, K] and int32 counts [rows]."
                 )
-        if unknown := sorted(columns.keys() - set(COLUMNS)):
-            raise StoreError(f"{self.path}: unknown columns {unknown}; known: {COLUMNS}.")
+        if unknown := sorted(statistics.keys() - set(STATISTICS)):
+            raise StoreError(f"{self.path}: unknown row statistics {unknown}; known: {STATISTICS}.")
 
     def token_digests(self, documents: range) -> np.ndarray | None:
         """uint64, a hash of the tokens of each document (0: empty, or missing here); None where a

@@ -23,7 +23,7 @@ from megatron_pd.store.format import (
     ShardHeader,
     token_digest,
 )
-from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 
 __all__ = ["Shard"]
 
@@ -99,13 +99,14 @@ class Shard:
         with self._reported():
             width = self.native.max_count(begin, begin + length)
         rows = TeacherRows.empty(length, width)
-        columns = np.empty((len(COLUMNS), length), np.float32)
-        self.read_into(document, offset, length, (rows.ids, rows.logprobs, rows.counts), 0, columns)
+        statistics = np.empty((len(STATISTICS), length), np.float32)
+        out = (rows.ids, rows.logprobs, rows.counts)
+        self.read_into(document, offset, length, out, 0, statistics)
         width = int(rows.counts.max(initial=0))
         present = {
-            name: column
-            for bit, (name, column) in enumerate(zip(COLUMNS, columns, strict=True))
-            if self.footer.columns >> bit & 1
+            name: values
+            for bit, (name, values) in enumerate(zip(STATISTICS, statistics, strict=True))
+            if self.footer.statistics >> bit & 1
         }
         return TeacherRows(rows.ids[:, :width], rows.logprobs[:, :width], rows.counts, present)
 
@@ -116,13 +117,13 @@ class Shard:
         length: int,
         out: tuple[np.ndarray, np.ndarray, np.ndarray],
         first: int,
-        columns: np.ndarray | None = None,
+        statistics: np.ndarray | None = None,
     ) -> None:
         """Writes rows into the padded ids, logprobs and counts `out` from row `first` on, and all
-        columns into float32 [3, length] (NaN where absent)."""
+        statistics into float32 [3, length] (NaN where absent)."""
         begin = self._first_row(document, offset, length)
         with self._reported():
-            self.native.read(begin, begin + length, *out, first, columns)
+            self.native.read(begin, begin + length, *out, first, statistics)
 
     def _first_row(self, document: int, offset: int, length: int) -> int:
         with self._reported():
@@ -155,7 +156,7 @@ class Shard:
                 tables[header.tables_offset] = self._frame(header.tables_offset)[1]
             block = CodedBlock(
                 header.codec,
-                header.columns,
+                header.statistics,
                 header.rows,
                 header.entries,
                 header.max_count,

@@ -10,10 +10,10 @@ import numpy as np
 
 from megatron_pd.errors import UserError
 
-__all__ = ["COLUMNS", "Corpus", "StoreError", "TeacherRows"]
+__all__ = ["STATISTICS", "Corpus", "StoreError", "TeacherRows"]
 
-#: Optional per-row float32 columns, in the order of their bits in a block's header.
-COLUMNS = ("label_logprob", "entropy", "std")
+#: Optional per-row float32 values, in the order of their bits in a block's header.
+STATISTICS = ("label_logprob", "entropy", "std")
 
 
 class StoreError(UserError):
@@ -35,26 +35,26 @@ class Corpus(Protocol):
 class TeacherRows:
     """The sparse next-token distributions of n consecutive tokens.
 
-    ids       int32 [n, K]: vocabulary ids by falling log-probability, -1 beyond a row's count.
-    logprobs  float32 [n, K]: log-probabilities over the full vocabulary at temperature 1, never
-              renormalised, in nats; 0 beyond a row's count.  Of a store of the `sampled` kind:
-              log(draws of the id / draws of the row).
-    counts    int32 [n]: entries of each row; 0 where there is no teacher.
-    columns   float32 [n] each, of `COLUMNS`: `label_logprob` (log-probability of the true next
-              token), `entropy` (of the full distribution, nats), `std` (of the full logits).
+    ids         int32 [n, K]: vocabulary ids by falling log-probability, -1 beyond a row's count.
+    logprobs    float32 [n, K]: log-probabilities over the full vocabulary at temperature 1, never
+                renormalised, in nats; 0 beyond a row's count.  Of a store of the `sampled` kind:
+                log(draws of the id / draws of the row).
+    counts      int32 [n]: entries of each row; 0 where there is no teacher.
+    statistics  float32 [n] each, of `STATISTICS`: `label_logprob` (log-probability of the true next
+                token), `entropy` (of the full distribution, nats), `std` (of the full logits).
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
     counts: np.ndarray
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def __getitem__(self, rows: slice) -> TeacherRows:
-        columns = {name: column[rows] for name, column in self.columns.items()}
-        return TeacherRows(self.ids[rows], self.logprobs[rows], self.counts[rows], columns)
+        statistics = {name: values[rows] for name, values in self.statistics.items()}
+        return TeacherRows(self.ids[rows], self.logprobs[rows], self.counts[rows], statistics)
 
     @classmethod
     def empty(cls, n: int, width: int = 0) -> TeacherRows:
@@ -73,11 +73,14 @@ class TeacherRows:
             out.logprobs[row : row + len(part), : part.ids.shape[1]] = part.logprobs
             out.counts[row : row + len(part)] = part.counts
             row += len(part)
-        names = [name for name in COLUMNS if any(name in part.columns for part in parts)]
-        columns = {
+        names = [name for name in STATISTICS if any(name in part.statistics for part in parts)]
+        statistics = {
             name: np.concatenate(
-                [part.columns.get(name, np.full(len(part), np.nan, np.float32)) for part in parts]
+                [
+                    part.statistics.get(name, np.full(len(part), np.nan, np.float32))
+                    for part in parts
+                ]
             )
             for name in names
         }
-        return cls(out.ids, out.logprobs, out.counts, columns)
+        return cls(out.ids, out.logprobs, out.counts, statistics)

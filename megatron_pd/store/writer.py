@@ -35,7 +35,7 @@ from megatron_pd.store.format import (
     token_digest,
 )
 from megatron_pd.store.tables import TablesTrainer
-from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 
 __all__ = ["LogitStoreWriter"]
 
@@ -54,14 +54,14 @@ class _Blocks:
     offsets: array[int] = field(default_factory=lambda: array("Q"))
     entries: int = 0
     max_count: int = 0
-    columns: int = 0
+    statistics: int = 0
 
     def add(self, header: FrameHeader, offset: int) -> None:
         self.rows.append(header.row)
         self.offsets.append(offset)
         self.entries += header.entries
         self.max_count = max(self.max_count, header.max_count)
-        self.columns |= header.columns
+        self.statistics |= header.statistics
 
     def table(self) -> np.ndarray:
         """uint64 [blocks, 2]: first row and offset of every block, by row."""
@@ -134,7 +134,7 @@ class LogitStoreWriter:
         self._failed = False
         self._blocks = _Blocks()
         self._tables_offsets: dict[bytes, int] = {}
-        self._columns: tuple[str, ...] | None = None
+        self._statistics: tuple[str, ...] | None = None
         self._open()
 
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
@@ -149,7 +149,7 @@ class LogitStoreWriter:
                 "follows the last one. Rows are probably shifted by one: row j holds the "
                 "distribution of token j + 1."
             )
-        self._check_columns(document, rows)
+        self._check_statistics(document, rows)
         if offset == 0 and self._corpus is not None:
             self._digests[index] = self._token_digest(document)
         if len(rows):
@@ -294,8 +294,8 @@ class LogitStoreWriter:
         if self._bound:
             begun = self._begun_in(header.row, header.row + header.rows)
             self._digests[begun] = np.frombuffer(payload, "<u8", len(begun))
-        names = tuple(name for bit, name in enumerate(COLUMNS) if header.columns >> bit & 1)
-        self._columns = names
+        names = tuple(name for bit, name in enumerate(STATISTICS) if header.statistics >> bit & 1)
+        self._statistics = names
 
     def _documents_of(self, row: int, end: int) -> tuple[int, int]:
         first = int(np.searchsorted(self._starts, row, "right")) - 1
@@ -374,7 +374,7 @@ class LogitStoreWriter:
             len(table),
             self._blocks.entries,
             self._blocks.max_count,
-            self._blocks.columns,
+            self._blocks.statistics,
             zlib.crc32(self._header),
         )
         file.append(footer.to_bytes())
@@ -417,16 +417,18 @@ class LogitStoreWriter:
                     "every writer its own documents, and keep the split when a dump restarts."
                 )
 
-    def _check_columns(self, document: int, rows: TeacherRows) -> None:
-        names = tuple(name for name in COLUMNS if name in rows.columns)
-        if unknown := set(rows.columns) - set(COLUMNS):
-            raise StoreError(f"document {document}: unknown columns {unknown}, known: {COLUMNS}.")
-        if self._columns is None:
-            self._columns = names
-        if names != self._columns:
+    def _check_statistics(self, document: int, rows: TeacherRows) -> None:
+        names = tuple(name for name in STATISTICS if name in rows.statistics)
+        if unknown := set(rows.statistics) - set(STATISTICS):
             raise StoreError(
-                f"document {document}: rows come with columns {names}, earlier ones had "
-                f"{self._columns}. All rows of a shard have the same columns."
+                f"document {document}: unknown statistics {unknown}, known: {STATISTICS}."
+            )
+        if self._statistics is None:
+            self._statistics = names
+        if names != self._statistics:
+            raise StoreError(
+                f"document {document}: rows come with statistics {names}, earlier ones had "
+                f"{self._statistics}. All rows of a shard have the same statistics."
             )
 
     def _checked_document(self, document: int) -> int:

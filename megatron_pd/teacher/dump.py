@@ -313,9 +313,9 @@ def _split(batch: Batch, captured: CapturedRows) -> Iterator[tuple[Window, Teach
     ids, logprobs, counts = (
         tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)
     )
-    columns = {"label_logprob": captured.label_logprob.cpu().numpy()}
+    statistics = {"label_logprob": captured.label_logprob.cpu().numpy()}
     if targets.entropy is not None and targets.std is not None:
-        columns |= {"entropy": targets.entropy.cpu().numpy(), "std": targets.std.cpu().numpy()}
+        statistics |= {"entropy": targets.entropy.cpu().numpy(), "std": targets.std.cpu().numpy()}
     for row, window in enumerate(batch.windows):
         own = slice(window.keep - window.start, window.length)
         yield (
@@ -324,7 +324,7 @@ def _split(batch: Batch, captured: CapturedRows) -> Iterator[tuple[Window, Teach
                 ids[row, own],
                 logprobs[row, own],
                 counts[row, own],
-                {name: column[row, own] for name, column in columns.items()},
+                {name: values[row, own] for name, values in statistics.items()},
             ),
         )
 
@@ -347,7 +347,7 @@ def _append(
 
 
 def _empty_row(like: TeacherRows) -> TeacherRows:
-    """The last row of a document, with the columns that its other rows have."""
+    """The last row of a document, with the statistics that its other rows have."""
     empty = TeacherRows.empty(1, like.ids.shape[1])
-    columns = {name: np.full(1, np.nan, np.float32) for name in like.columns}
-    return TeacherRows(empty.ids, empty.logprobs, empty.counts, columns)
+    statistics = {name: np.full(1, np.nan, np.float32) for name in like.statistics}
+    return TeacherRows(empty.ids, empty.logprobs, empty.counts, statistics)

@@ -28,7 +28,7 @@ class TeacherData:
     """K: the most entries of any row that training reads."""
 
     statistic: str | None
-    """The per-row column that training reads too: PDConfig.row_statistic."""
+    """The per-row statistic that training reads too: PDConfig.row_statistic."""
 
 
 def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
@@ -121,9 +121,9 @@ def _truncation_notes(store: LogitStore, path: str, config: PDConfig) -> list[st
 
 def _check_statistic(store: LogitStore, path: str, config: PDConfig) -> None:
     statistic = config.row_statistic
-    if statistic is not None and statistic not in store.read(0, 0, 1).columns:
+    if statistic is not None and statistic not in store.read(0, 0, 1).statistics:
         raise UserError(
-            f"{path} has no column {statistic!r}, which --pd-adaptive-temperature "
+            f"{path} has no statistic {statistic!r}, which --pd-adaptive-temperature "
             f"{config.adaptive_temperature} reads for every row: dump the teacher again with "
             "--dump-statistics, or choose wttm or a fixed --pd-temperature."
         )

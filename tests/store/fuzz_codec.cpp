@@ -144,8 +144,8 @@ void read_shard(const Layout& layout, const std::vector<uint8_t>& tables, const 
     file.resize(file.size() + 64);
     const Shard shard(file, {total, 2, 1, index_at, index.size(), false}, layout);
     std::vector<int32_t> ids(total * 8), counts(total);
-    std::vector<float> logprobs(total * 8), columns(3 * total);
-    float* pointers[] = {columns.data(), columns.data() + total, columns.data() + 2 * total};
+    std::vector<float> logprobs(total * 8), statistics(3 * total);
+    float* pointers[] = {statistics.data(), statistics.data() + total, statistics.data() + 2 * total};
     shard.document_rows(0);
     shard.max_count(0, total);
     shard.check_index();

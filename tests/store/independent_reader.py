@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 
 Row = tuple[list[int], list[float], list[float]]
-"""ids, log-probabilities and columns (those present, in bit order)."""
+"""ids, log-probabilities and statistics (those present, in bit order)."""
 
 
 def read_store(path: Path) -> list[list[Row]]:
@@ -62,22 +62,22 @@ def u32(data: bytes, at: int) -> int:
 
 
 def frame(data: bytes, offset: int) -> tuple[tuple, bytes]:
-    """Type, codec, columns, rows, first row, tables' offset, entries, digests; and the payload."""
+    """Type, codec, statistics, rows, row, tables' offset, entries, digests; and the payload."""
     header = data[offset : offset + 48]
     assert header[:4] == b"PDBK" and zlib.crc32(header[:44]) == u32(header, 44)
-    kind, codec, columns, rows, size, row, tables, entries, _, digests, crc = struct.unpack(
+    kind, codec, statistics, rows, size, row, tables, entries, _, digests, crc = struct.unpack(
         "<BBBxIIQQIHHI", header[4:44]
     )
     payload = data[offset + 48 : offset + 48 + size]
     assert zlib.crc32(payload) == crc
-    return (kind, codec, columns, rows, row, tables, entries, digests), payload
+    return (kind, codec, statistics, rows, row, tables, entries, digests), payload
 
 
 def read_block(data: bytes, offset: int, vocab_size: int, draws: int, bits: int) -> list[Row]:
     header, payload = frame(data, offset)
-    kind, codec, columns, rows, _, tables, entries, digests = header
+    kind, codec, statistics, rows, _, tables, entries, digests = header
     assert kind == 2
-    at, present = 8 * digests, columns.bit_count()
+    at, present = 8 * digests, statistics.bit_count()
     form, size = ("f", 4) if codec == 0 else ("e", 2)
     values = struct.unpack_from(f"<{present * rows}{form}", payload, at)
     stream = payload[at + present * rows * size :]

@@ -20,7 +20,7 @@ class RandomCorpus:
 
 
 def random_rows(
-    rng: np.random.Generator, n: int, vocab_size: int, width: int, columns: bool = False
+    rng: np.random.Generator, n: int, vocab_size: int, width: int, statistics: bool = False
 ) -> TeacherRows:
     """n ragged top-k rows of Zipf-like teachers of random sharpness; the last one is empty."""
     rows = TeacherRows.empty(n, width)
@@ -34,7 +34,7 @@ def random_rows(
         rows.ids[row, :count] = rng.permutation(vocab_size)[:count]
         rows.logprobs[row, :count] = logprobs[best]
         rows.counts[row] = count
-    if not columns:
+    if not statistics:
         return rows
     extra = {name: rng.normal(size=n).astype(np.float32) for name in ("label_logprob", "entropy")}
     return TeacherRows(rows.ids, rows.logprobs, rows.counts, extra)

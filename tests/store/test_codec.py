@@ -59,10 +59,10 @@ def bits_of(values: np.ndarray) -> np.ndarray:
     codec=st.sampled_from(["exact", "compact", "compact", "compact"]),
     value_bits=st.integers(8, 14),
     draws=st.sampled_from([0, 0, 1, 7, 50]),
-    columns=st.sets(st.sampled_from(["label_logprob", "entropy", "std"])),
+    statistics=st.sets(st.sampled_from(["label_logprob", "entropy", "std"])),
 )
 def test_an_independent_reader_finds_the_rows(
-    seed, vocab_size, lengths, codec, value_bits, draws, columns
+    seed, vocab_size, lengths, codec, value_bits, draws, statistics
 ):
     rng = np.random.default_rng(seed)
     given_rows = []
@@ -70,7 +70,9 @@ def test_an_independent_reader_finds_the_rows(
         rows = (
             sampled_rows(rng, n, vocab_size, draws) if draws else top_rows(rng, n, vocab_size, 20)
         )
-        extra = {name: rng.normal(size=n).astype(np.float16).astype(np.float32) for name in columns}
+        extra = {
+            name: rng.normal(size=n).astype(np.float16).astype(np.float32) for name in statistics
+        }
         given_rows.append(TeacherRows(rows.ids, rows.logprobs, rows.counts, extra))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -101,15 +103,15 @@ def check_document(
     found, independent, rows: TeacherRows, codec: str, value_bits: int, draws: int
 ) -> None:
     np.testing.assert_array_equal(found.counts, rows.counts)
-    names = [name for name in ("label_logprob", "entropy", "std") if name in rows.columns]
-    for row, (ids, logprobs, columns) in enumerate(independent):
+    names = [name for name in ("label_logprob", "entropy", "std") if name in rows.statistics]
+    for row, (ids, logprobs, statistics) in enumerate(independent):
         count = int(rows.counts[row])
         here = (found.ids[row, :count], found.logprobs[row, :count])
         np.testing.assert_array_equal(ids, here[0])
         # The last bit is the mathematical library's.
         assert np.abs(bits_of(np.array(logprobs)) - bits_of(here[1])).max(initial=0) <= 1
-        assert columns == [float(rows.columns[name][row]) for name in names]
-        assert columns == [float(found.columns[name][row]) for name in names]
+        assert statistics == [float(rows.statistics[name][row]) for name in names]
+        assert statistics == [float(found.statistics[name][row]) for name in names]
         check_row(here, (rows.ids[row, :count], rows.logprobs[row, :count]), codec, value_bits)
         if not draws:
             assert ids[:1] == rows.ids[row, : min(count, 1)].tolist()  # also where it is tied

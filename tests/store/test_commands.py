@@ -76,7 +76,9 @@ def test_inspect_json_has_the_window(store, monkeypatch, capsys):
     words = ("--document", 0, "--offset", 1, "--tokens", 1, "--json")
     figures = json.loads(command(monkeypatch, capsys, "inspect", store, *words)[1])
     (token,) = figures["window"]
-    assert (token["offset"], token["entries"]) == (1, 1) and figures["columns"] == ["label_logprob"]
+    assert (token["offset"], token["entries"]) == (1, 1) and figures["statistics"] == [
+        "label_logprob"
+    ]
     assert token["label_logprob"] == pytest.approx(np.log(0.8), rel=1e-3)
     assert token["candidates"] == [{"id": 2, "probability": pytest.approx(0.8, rel=1e-3)}]
 

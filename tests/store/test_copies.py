@@ -39,7 +39,7 @@ def write(path: Path, rng, corpus, documents: list[range], codec="compact") -> N
         ) as writer:
             for document in shard:
                 length = int(corpus.document_lengths[document])
-                writer.append(document, 0, random_rows(rng, length, VOCAB, 8, columns=True))
+                writer.append(document, 0, random_rows(rng, length, VOCAB, 8, statistics=True))
 
 
 def rows_of(path: Path, documents=None) -> list[TeacherRows]:
@@ -51,8 +51,8 @@ def assert_same(found: list[TeacherRows], expected: list[TeacherRows]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         assert_rows_equal(a, b)
-        for name, column in b.columns.items() if len(b) else ():
-            np.testing.assert_array_equal(a.columns[name], column)
+        for name, values in b.statistics.items() if len(b) else ():
+            np.testing.assert_array_equal(a.statistics[name], values)
 
 
 def command(monkeypatch, *words) -> None:

@@ -77,7 +77,7 @@ class Dump:
             found = store.read(document)
             assert_rows_equal(found, rows, exact=self.codec == "exact")
             if document in attempt_of:
-                assert (found.columns["std"] == attempt_of[document]).all()
+                assert (found.statistics["std"] == attempt_of[document]).all()
 
 
 @pytest.fixture(params=["exact", "compact"])

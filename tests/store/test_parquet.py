@@ -34,18 +34,18 @@ def store(tmp_path, rng, corpus) -> LogitStore:
         corpus=corpus,
     ) as writer:
         for document, length in enumerate(corpus.document_lengths.tolist()):
-            writer.append(document, 0, random_rows(rng, length, VOCAB, 7, columns=True))
+            writer.append(document, 0, random_rows(rng, length, VOCAB, 7, statistics=True))
     return LogitStore(tmp_path / "a")
 
 
 def assert_same(found: LogitStore, expected: LogitStore) -> None:
     np.testing.assert_array_equal(found.document_lengths, expected.document_lengths)
-    assert (found.vocab_size, found.columns) == (expected.vocab_size, expected.columns)
+    assert (found.vocab_size, found.statistics) == (expected.vocab_size, expected.statistics)
     for document in range(expected.num_documents):
         a, b = found.read(document), expected.read(document)
         assert_rows_equal(a, b)
-        for name, column in b.columns.items():
-            np.testing.assert_array_equal(a.columns[name], column)
+        for name, values in b.statistics.items():
+            np.testing.assert_array_equal(a.statistics[name], values)
 
 
 @pytest.mark.parametrize("bound", [False, True])

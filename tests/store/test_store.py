@@ -137,22 +137,22 @@ def test_other_corpus_is_refused(tmp_path, rng):
         LogitStore(tmp_path / "c.pd").check_corpus(corpus)
 
 
-def test_gather_fills_columns(tmp_path, rng):
+def test_gather_fills_statistics(tmp_path, rng):
     lengths = np.array([5, 7])
-    rows = [random_rows(rng, int(n), VOCAB, 6, columns=True) for n in lengths]
+    rows = [random_rows(rng, int(n), VOCAB, 6, statistics=True) for n in lengths]
     with LogitStoreWriter(
         tmp_path, vocab_size=VOCAB, document_lengths=lengths, metadata={}, codec="exact"
     ) as writer:
         for document in (1, 0):
             writer.append(document, 0, rows[document])
-    columns = {name: np.zeros(8, np.float32) for name in ("entropy", "std")}
+    statistics = {name: np.zeros(8, np.float32) for name in ("entropy", "std")}
     store = LogitStore(tmp_path)
     spans = np.array([(1, 2, 5), (0, 0, 3)])
     outputs = np.zeros((8, 6), np.int32), np.zeros((8, 6), np.float32), np.zeros(8, np.int32)
-    store.gather(spans, *outputs, out_columns=columns)
-    expected = np.r_[rows[1].columns["entropy"][2:], rows[0].columns["entropy"][:3]]
-    np.testing.assert_array_equal(columns["entropy"], expected)
-    assert np.isnan(columns["std"]).all()
+    store.gather(spans, *outputs, out_statistics=statistics)
+    expected = np.r_[rows[1].statistics["entropy"][2:], rows[0].statistics["entropy"][:3]]
+    np.testing.assert_array_equal(statistics["entropy"], expected)
+    assert np.isnan(statistics["std"]).all()
     with pytest.raises(StoreError, match="the spans have 8 rows, the buffers 7"):
         store.gather(spans, *(output[:7] for output in outputs))
 

@@ -19,7 +19,7 @@ LAYOUTS = {
 def rows_of(path: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     store = LogitStore(path)
     documents = [store.read(document) for document in range(store.num_documents)]
-    return [(d.ids, d.logprobs, d.counts, d.columns["label_logprob"]) for d in documents]
+    return [(d.ids, d.logprobs, d.counts, d.statistics["label_logprob"]) for d in documents]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

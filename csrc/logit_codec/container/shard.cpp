@@ -79,19 +79,19 @@ float half_to_float(uint16_t half) {
     return value;
 }
 
-// A block's rows without padding, and the bytes of its columns.
+// A block's rows without padding, and the bytes of its statistics.
 struct Block {
     std::vector<int32_t> counts, ids;
     std::vector<float> logprobs;
-    Bytes columns;
+    Bytes statistics;
     size_t rows = 0, value_bytes = 0;
 
-    float column(uint8_t present, int column, size_t row) const {
-        if (!(present >> column & 1)) return std::numeric_limits<float>::quiet_NaN();
-        const int before = __builtin_popcount(present & ((1u << column) - 1));
+    float statistic(uint8_t present, int which, size_t row) const {
+        if (!(present >> which & 1)) return std::numeric_limits<float>::quiet_NaN();
+        const int before = __builtin_popcount(present & ((1u << which) - 1));
         const size_t at = (size_t(before) * rows + row) * value_bytes;
-        return value_bytes == 4 ? load<float>(columns, at)
-                                : half_to_float(load<uint16_t>(columns, at));
+        return value_bytes == 4 ? load<float>(statistics, at)
+                                : half_to_float(load<uint16_t>(statistics, at));
     }
 };
 
@@ -202,14 +202,14 @@ constexpr uint32_t kMostRows = 1u << 16;
 // The first `wanted` rows of a block at least.
 Block decode_block(const Shard& shard, const Layout& layout, uint64_t offset, size_t wanted) {
     const auto [header, payload] = shard.frame(offset);
-    if (header.columns >> kColumns) throw Corrupt("a block with unknown columns");
+    if (header.statistics >> kStatistics) throw Corrupt("a block with unknown statistics");
     Block block;
     block.value_bytes = header.codec == kExact ? 4 : 2;
-    const uint64_t columns_at = uint64_t(header.digests) * 8;
-    const uint64_t columns_bytes =
-        uint64_t(header.rows) * popcount(header.columns) * block.value_bytes;
-    block.columns = part(payload, columns_at, columns_bytes);
-    const Bytes stream = payload.subspan(columns_at + columns_bytes);
+    const uint64_t statistics_at = uint64_t(header.digests) * 8;
+    const uint64_t statistics_bytes =
+        uint64_t(header.rows) * popcount(header.statistics) * block.value_bytes;
+    block.statistics = part(payload, statistics_at, statistics_bytes);
+    const Bytes stream = payload.subspan(statistics_at + statistics_bytes);
     if (header.rows > kMostRows) throw Corrupt("a block with too many rows");
     check_size(header.entries, stream,
                header.codec == kExact ? kExactEntriesPerByte : kCompactEntriesPerByte);
@@ -227,7 +227,7 @@ Block decode_block(const Shard& shard, const Layout& layout, uint64_t offset, si
     return block;
 }
 
-void copy_row(const Block& block, size_t row, size_t entry, uint8_t columns, uint64_t to,
+void copy_row(const Block& block, size_t row, size_t entry, uint8_t statistics, uint64_t to,
               const Output& out) {
     const auto count = uint32_t(block.counts[row]), kept = std::min(count, out.width);
     int32_t* ids = out.ids + to * out.width;
@@ -237,8 +237,9 @@ void copy_row(const Block& block, size_t row, size_t entry, uint8_t columns, uin
     std::fill(ids + kept, ids + out.width, -1);
     std::fill(logprobs + kept, logprobs + out.width, 0.0f);
     out.counts[to] = int32_t(kept);
-    if (!out.columns) return;
-    for (int c = 0; c < kColumns; ++c) out.columns[c][to] = block.column(columns, c, row);
+    if (!out.statistics) return;
+    for (int s = 0; s < kStatistics; ++s)
+        out.statistics[s][to] = block.statistic(statistics, s, row);
 }
 
 }  // namespace
@@ -273,7 +274,7 @@ void Shard::read(uint64_t begin, uint64_t end, const Output& out) const {
         size_t entry = 0;
         for (size_t row = 0; row < stop; ++row) {
             if (found.row + row >= begin)
-                copy_row(decoded, row, entry, found.columns, found.row + row - first_row, out);
+                copy_row(decoded, row, entry, found.statistics, found.row + row - first_row, out);
             entry += size_t(decoded.counts[row]);
         }
         begin = found.row + stop;

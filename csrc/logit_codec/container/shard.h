@@ -15,12 +15,12 @@
 namespace logit_codec {
 
 inline constexpr uint32_t kShardHeader = 64, kIndexPage = 4096;
-inline constexpr int kColumns = 3;  // label_logprob, entropy, std
+inline constexpr int kStatistics = 3;  // label_logprob, entropy, std
 
 // The 48 bytes before a block or tables.
 struct FrameHeader {
     uint32_t magic;
-    uint8_t type, codec, columns, zero;
+    uint8_t type, codec, statistics, zero;
     uint32_t rows, payload_bytes;
     uint64_t row, tables_offset;
     uint32_t entries;
@@ -41,13 +41,13 @@ struct Geometry {
 };
 
 // Padded output: ids and logprobs [rows, width], counts [rows].  Rows with more than `width`
-// entries keep the likeliest.  columns: three pointers to [rows], all or none.
+// entries keep the likeliest.  statistics: three pointers to [rows], all or none.
 struct Output {
     int32_t* ids;
     float* logprobs;
     int32_t* counts;
     uint32_t width;
-    float* const* columns = nullptr;
+    float* const* statistics = nullptr;
 };
 
 class Shard {

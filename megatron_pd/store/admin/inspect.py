@@ -33,7 +33,7 @@ def summary(store: LogitStore) -> dict[str, Any]:
         "rows": store.num_rows,
         "entries": store.num_entries,
         "max_entries_of_a_row": store.max_count,
-        "columns": list(store.columns),
+        "statistics": list(store.statistics),
         "bytes": store.nbytes,
         "bytes_per_token": None if missing else round(store.nbytes / max(1, store.num_rows), 2),
         "metadata": store.metadata,
@@ -50,7 +50,7 @@ def window(
     """What the store says of each token of span (document, offset, length).
 
     Returns:
-        A dict per token: offset, mass, entries, columns' values by name, `candidates` (the
+        A dict per token: offset, mass, entries, statistics by name, `candidates` (the
         likeliest `top`: id, probability, and with `piece_of` text), and with a corpus token and
         next_token (None at the document's end) and, with `piece_of`, text and next_text.
     """
@@ -73,7 +73,7 @@ def window(
             "entries": count,
             **{
                 name: float(values[row])
-                for name, values in rows.columns.items()
+                for name, values in rows.statistics.items()
                 if np.isfinite(values[row])
             },
         }

@@ -27,7 +27,7 @@ from megatron_pd.store.admin.merge import plan_shards
 from megatron_pd.store.admin.parallel import Report, run_jobs
 from megatron_pd.store.admin.scan import scan
 from megatron_pd.store.reader import LogitStore
-from megatron_pd.store.types import COLUMNS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.writer import LogitStoreWriter
 
 __all__ = ["from_parquet", "to_parquet"]
@@ -56,14 +56,14 @@ def to_parquet(
     """
     pa, pq = _pyarrow()
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [(name, pa.float32()) for name in store.columns]
+    statistics = [(name, pa.float32()) for name in store.statistics]
     schema = pa.schema(
         [
             ("document", pa.int64()),
             ("offset", pa.int64()),
             ("ids", pa.list_(pa.int32())),
             ("logprobs", pa.list_(pa.float32())),
-            *columns,
+            *statistics,
         ]
     )
 
@@ -221,7 +221,7 @@ def _table(parts: list[tuple[int, int, TeacherRows]], schema: Any) -> Any:
         pa.ListArray.from_arrays(ends, rows.logprobs[mask]),
     ]
     for name in schema.names[4:]:
-        values = rows.columns.get(name, np.full(len(rows), np.nan, np.float32))
+        values = rows.statistics.get(name, np.full(len(rows), np.nan, np.float32))
         arrays.append(pa.array(values, mask=np.isnan(values)))
     return pa.Table.from_arrays([pa.array(array) for array in arrays], schema=schema)
 
@@ -251,7 +251,7 @@ class _ParquetFile:
         for name in ("document", "offset", "ids", "logprobs"):
             if name not in names:
                 raise StoreError(f"{self.path}: no column {name!r}; it has {names}.")
-        self.columns = [name for name in COLUMNS if name in names]
+        self.statistics = [name for name in STATISTICS if name in names]
         if self.metadata is not None:
             self.documents = range(self.metadata["first_document"], self.metadata["stop_document"])
             return
@@ -273,7 +273,7 @@ class _ParquetFile:
 
     def runs(self) -> Iterator[tuple[int, int, TeacherRows]]:
         """(document, offset, rows) of consecutive rows of one document, in the file's order."""
-        for batch in self._batches(["document", "offset", "ids", "logprobs", *self.columns]):
+        for batch in self._batches(["document", "offset", "ids", "logprobs", *self.statistics]):
             documents = batch.column("document").to_numpy()
             offsets = batch.column("offset").to_numpy()
             rows = self._rows(batch)
@@ -311,11 +311,11 @@ class _ParquetFile:
         mask = np.arange(rows.ids.shape[1]) < counts[:, None]
         rows.ids[mask] = pc.list_flatten(lists[0]).to_numpy(zero_copy_only=False)
         rows.logprobs[mask] = pc.list_flatten(lists[1]).to_numpy(zero_copy_only=False)
-        columns = {
+        statistics = {
             name: batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32)
-            for name in self.columns
+            for name in self.statistics
         }
-        return _sorted(TeacherRows(rows.ids, rows.logprobs, counts, columns), mask)
+        return _sorted(TeacherRows(rows.ids, rows.logprobs, counts, statistics), mask)
 
 
 def _open(path: Path) -> _ParquetFile:
@@ -336,7 +336,7 @@ def _sorted(rows: TeacherRows, mask: np.ndarray) -> TeacherRows:
         return rows
     order = np.argsort(np.where(mask, -rows.logprobs, np.inf), axis=1, kind="stable")
     ids, logprobs = (np.take_along_axis(a, order, axis=1) for a in (rows.ids, rows.logprobs))
-    return TeacherRows(ids, logprobs, rows.counts, rows.columns)
+    return TeacherRows(ids, logprobs, rows.counts, rows.statistics)
 
 
 def _lengths(sources: list[_ParquetFile], documents: int) -> np.ndarray:
@@ -414,5 +414,5 @@ class _Filler:
     def _empty(self, rows: int) -> TeacherRows:
         empty = TeacherRows.empty(rows)
         nan = np.full(rows, np.nan, np.float32)
-        columns = dict.fromkeys(self._source.columns, nan)
-        return TeacherRows(empty.ids, empty.logprobs, empty.counts, columns)
+        statistics = dict.fromkeys(self._source.statistics, nan)
+        return TeacherRows(empty.ids, empty.logprobs, empty.counts, statistics)

@@ -104,7 +104,7 @@ def cut_rows(
         np.where(beyond, np.int32(-1), rows.ids[:, :width]),
         np.where(beyond, np.float32(0), rows.logprobs[:, :width]),
         counts.astype(np.int32),
-        rows.columns,
+        rows.statistics,
     )
 
 

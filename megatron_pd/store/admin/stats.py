@@ -14,7 +14,7 @@ from megatron_pd.store.types import TeacherRows
 
 __all__ = ["kept_mass", "store_stats"]
 
-_AVERAGED_COLUMNS = ("label_logprob", "entropy")
+_AVERAGED_STATISTICS = ("label_logprob", "entropy")
 
 
 def kept_mass(rows: TeacherRows) -> np.ndarray:
@@ -32,12 +32,12 @@ def store_stats(
     """Sizes over the whole store, averages over the rows of `sampled_documents(store, max_rows)`.
 
     Means are over rows that have entries (a document's last row has none); `teacher_loss` and
-    `teacher_perplexity` need the column `label_logprob`, `entropy` the column of that name, in
+    `teacher_perplexity` need the statistic `label_logprob`, `entropy` the one of that name, in
     nats; None where the store lacks it. `progress` is told rows.
     """
 
     def sums_of(documents: np.ndarray, report: Report) -> np.ndarray:
-        sums = np.zeros(3 + 2 * len(_AVERAGED_COLUMNS))
+        sums = np.zeros(3 + 2 * len(_AVERAGED_STATISTICS))
         for document in documents.tolist():
             for rows in scan(store, document):
                 sums += _sums(rows)
@@ -45,13 +45,13 @@ def store_stats(
         return sums
 
     groups = document_groups(store, sampled_documents(store, max_rows))
-    totals = np.zeros(3 + 2 * len(_AVERAGED_COLUMNS))
+    totals = np.zeros(3 + 2 * len(_AVERAGED_STATISTICS))
     for _, sums in run_jobs(sums_of, groups, workers, progress):
         totals += sums
-    rows_read, taught, mass, *column_sums = totals.tolist()
+    rows_read, taught, mass, *statistic_sums = totals.tolist()
     label, entropy = (
         total / n if n else None
-        for total, n in zip(column_sums[::2], column_sums[1::2], strict=True)
+        for total, n in zip(statistic_sums[::2], statistic_sums[1::2], strict=True)
     )
     tokens = int(store.document_lengths.sum())
     return {
@@ -76,11 +76,11 @@ def store_stats(
 
 
 def _sums(rows: TeacherRows) -> np.ndarray:
-    """Rows, rows with entries, their mass; sum and number of the known values of each column."""
+    """Rows, rows with entries, their mass; sum and number of the known values of each statistic."""
     taught = rows.counts > 0
     sums = [len(rows), taught.sum(), kept_mass(rows).sum()]
-    for name in _AVERAGED_COLUMNS:
-        values = rows.columns.get(name, np.zeros(0, np.float32)).astype(np.float64)
+    for name in _AVERAGED_STATISTICS:
+        values = rows.statistics.get(name, np.zeros(0, np.float32)).astype(np.float64)
         values = values[np.isfinite(values) & taught] if len(values) else values
         sums += [values.sum(), len(values)]
     return np.array(sums, np.float64)
