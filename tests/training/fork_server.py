@@ -30,7 +30,10 @@ from megatron_pd.errors import reporting_errors
 MODULES = (
     "megatron_pd.pretrain",
     "megatron_pd.teacher.dump",
+    "megatron_pd.evaluate.loss",
+    "megatron_pd.cli",
     "corpus_job",
+    "logits_job",
     "prefetch_job",
     "validate_job",
 )
