@@ -4,6 +4,6 @@ HELP = "Run a Megatron teacher over a corpus and write its logit store (takes Me
 
 
 def main() -> int:
-    from megatron_pd.teacher.dump import main
+    from megatron_pd.teacher.megatron import main
 
     return main()

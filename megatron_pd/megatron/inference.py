@@ -99,12 +99,16 @@ class ForwardOnlyModel:
         return results[0] if results else None
 
 
-def load_model(add_arguments: Callable[[Any], Any]) -> ForwardOnlyModel:
+def load_model(
+    add_arguments: Callable[[Any], Any], check: Callable[[Any], None] = lambda args: None
+) -> ForwardOnlyModel:
     """Parse `sys.argv` with Megatron's flags and `add_arguments`', and load `--load` for inference.
 
     The architecture and the tokenizer come from the checkpoint unless flags say otherwise. Without
     torchrun, this is a run of one process.
 
+    Args:
+        check: is given the parsed arguments before anything is loaded, to raise UserError.
     Raises:
         UserError: no checkpoint, or something that a forward pass over documents does not support.
     """
@@ -129,7 +133,9 @@ def load_model(add_arguments: Callable[[Any], Any]) -> ForwardOnlyModel:
         )
         return add_arguments(parser)
 
-    _refuse_early(parse_args(extra_arguments))
+    parsed = parse_args(extra_arguments)
+    _refuse_early(parsed)
+    check(parsed)
     args = parse_and_validate_args(extra_arguments)
     skip_helpers_compilation()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))

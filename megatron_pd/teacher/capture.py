@@ -13,13 +13,16 @@ A row of random draws inverts the cumulative distribution instead: each rank has
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_pd.data.windows import Batch
 from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
 from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.store import TeacherRows
 
-__all__ = ["CapturedRows", "capture_rows"]
+__all__ = ["CapturedRows", "capture_rows", "rows_of_windows", "uniforms_of"]
 
 # Logits are turned to float32 for so many tokens at a time: at most 150 MB at V = 150k, and twice
 # that for the cumulative distribution that draws need.
@@ -174,3 +177,33 @@ def _statistics(
     torch.distributed.all_reduce(sums, group=tp_group)
     mean_T, mean_square_T = sums[1] / vocab_size, sums[2] / vocab_size
     return -sums[0].float(), (mean_square_T - mean_T**2).clamp(min=0).sqrt().float()
+
+
+def uniforms_of(batch: Batch, seed: int, draws: int) -> torch.Tensor:
+    """Random numbers for the draws, float64 [B, L, N]: a function of the window and the seed, so
+    that neither the batch, the parallel layout nor a restart changes what is drawn."""
+    uniforms = np.zeros((*batch.tokens.shape, draws))
+    for row, window in enumerate(batch.windows):
+        random = np.random.default_rng([seed, window.document, window.start])
+        uniforms[row, : window.length] = random.random((window.length, draws))
+    return torch.from_numpy(uniforms)
+
+
+def rows_of_windows(batch: Batch, captured: CapturedRows) -> list[TeacherRows]:
+    """The rows of each window's tokens, as the store takes them."""
+    targets = captured.targets
+    ids, logprobs, counts = (
+        tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)
+    )
+    statistics = {"label_logprob": captured.label_logprob.cpu().numpy()}
+    if targets.entropy is not None and targets.std is not None:
+        statistics |= {"entropy": targets.entropy.cpu().numpy(), "std": targets.std.cpu().numpy()}
+    return [
+        TeacherRows(
+            ids[row, : window.length],
+            logprobs[row, : window.length],
+            counts[row, : window.length],
+            {name: values[row, : window.length] for name, values in statistics.items()},
+        )
+        for row, window in enumerate(batch.windows)
+    ]

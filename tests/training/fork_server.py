@@ -29,9 +29,9 @@ from megatron_pd.errors import reporting_errors
 
 MODULES = (
     "megatron_pd.pretrain",
-    "megatron_pd.teacher.dump",
     "megatron_pd.evaluate.loss",
     "megatron_pd.cli",
+    "megatron_pd.teacher.megatron",
     "corpus_job",
     "logits_job",
     "prefetch_job",

@@ -148,7 +148,7 @@ class World:
         return list(map(str, [*tokenizer, "--data-path", corpus or self.corpus, *flags]))
 
     def dump(self, teacher: Path, *flags: Any, ranks: int = 1) -> None:
-        self.runner.check("megatron_pd.teacher.dump", self.dump_flags(teacher, *flags), ranks)
+        self.runner.check("megatron_pd.teacher.megatron", self.dump_flags(teacher, *flags), ranks)
 
     def train(self, *flags: Any, ranks: int = 1) -> dict[str, np.ndarray]:
         """Train; returns the curves that TensorBoard got: tag → float32 values, by iteration."""

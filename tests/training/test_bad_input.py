@@ -133,10 +133,12 @@ def test_dump_flags(world: World, teacher: Path) -> None:
     ):
         store = world.folder / "never.pd"
         flags = world.dump_flags(teacher, "--dump-store", store, flag, value, *more)
-        assert_refused(world.runner.run("megatron_pd.teacher.dump", flags), flag)
+        assert_refused(world.runner.run("megatron_pd.teacher.megatron", flags), flag)
         assert not store.exists()
     flags = world.dump_flags(world.folder / "no-checkpoint")
-    assert_refused(world.runner.run("megatron_pd.teacher.dump", flags), "--load", "no-checkpoint")
+    assert_refused(
+        world.runner.run("megatron_pd.teacher.megatron", flags), "--load", "no-checkpoint"
+    )
 
 
 def test_the_command_itself_under_torchrun(world: World) -> None:

@@ -61,17 +61,17 @@ def test_rows_are_nuclei_of_full_vocabulary_probabilities(world: World) -> None:
 def test_killed_dump_goes_on_where_it_was(world: World, teacher: Path) -> None:
     path = world.folder / "killed.pd"
     flags = world.dump_flags(teacher, "--dump-store", path)
-    killed = world.runner.run("megatron_pd.teacher.dump", flags, kill_when=path)
+    killed = world.runner.run("megatron_pd.teacher.megatron", flags, kill_when=path)
     assert killed.statuses != [0]
     with pytest.raises(StoreError):
         LogitStore(path)
-    world.runner.check("megatron_pd.teacher.dump", flags)
+    world.runner.check("megatron_pd.teacher.megatron", flags)
     for found, expected in zip(rows_of(path), rows_of(Path(f"{world.corpus}.pd")), strict=True):
         assert_same_entries(found, expected, logprob_tolerance=0.2)  # the compact codec's
 
 
 def test_help_names_the_flags(bare_world: World) -> None:
-    log = bare_world.runner.check("megatron_pd.teacher.dump", ["--help"])
+    log = bare_world.runner.check("megatron_pd.teacher.megatron", ["--help"])
     assert "--dump-top-p" in log and "--tensor-model-parallel-size" in log
 
 

@@ -1,0 +1,173 @@
+"""Any teacher can fill a store: a dump with one that is neither Megatron's nor a neural model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_pd.data.corpus import MegatronCorpus
+from megatron_pd.data.windows import Batch
+from megatron_pd.errors import UserError
+from megatron_pd.store import LogitStore, StoreError, TeacherRows
+from megatron_pd.teacher import dump as dump_module
+from megatron_pd.teacher.dump import dump
+from megatron_pd.teacher.dump_config import DumpConfig
+from megatron_pd.teacher.fingerprint import content_fingerprint
+from megatron_pd.teacher.protocol import Teacher
+
+VOCAB_SIZE = 40
+
+
+class BigramTeacher:
+    """p(next | token) from a random table; it counts the tokens that it has seen."""
+
+    vocab_size = VOCAB_SIZE
+    length_multiple = 1
+    replica, replicas, writes = 0, 1, True
+
+    def __init__(self, table: np.ndarray, fail_after: int = 1 << 60) -> None:
+        self.logprobs = table - np.log(np.exp(table).sum(1, keepdims=True))
+        self.tokens = 0
+        self._fail_after = fail_after
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"teacher": "bigram", "fingerprint": f"{self.logprobs.sum():.9f}"}
+
+    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
+        rows = []
+        for window, tokens, labels in zip(
+            batch.windows, batch.tokens.numpy(), batch.labels.numpy(), strict=False
+        ):
+            self.tokens += window.length
+            if self.tokens > self._fail_after:
+                raise KeyboardInterrupt
+            rows.append(self.rows_of(tokens[: window.length], labels[: window.length], config))
+        return rows
+
+    def rows_of(self, tokens: np.ndarray, labels: np.ndarray, config: DumpConfig) -> TeacherRows:
+        logprobs = self.logprobs[tokens]
+        order = np.argsort(-logprobs, axis=1, kind="stable")[:, : config.top_k]
+        top = np.take_along_axis(logprobs, order, 1).astype(np.float32)
+        counts = np.full(len(tokens), order.shape[1], np.int32)
+        label = np.take_along_axis(logprobs, labels[:, None], 1)[:, 0].astype(np.float32)
+        return TeacherRows(order.astype(np.int32), top, counts, {"label_logprob": label})
+
+    def share(self, values: np.ndarray | None) -> np.ndarray:
+        assert values is not None
+        return values
+
+
+@pytest.fixture
+def documents() -> list[np.ndarray]:
+    rng = np.random.default_rng()
+    lengths = [1, 2, 7, 8, 9, 30, *rng.integers(1, 60, 20)]
+    return [rng.integers(0, VOCAB_SIZE, length) for length in lengths]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, documents: list[np.ndarray]) -> MegatronCorpus:
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'corpus'}.bin", dtype=np.uint16)
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{tmp_path / 'corpus'}.idx")
+    return MegatronCorpus(str(tmp_path / "corpus"))
+
+
+@pytest.fixture
+def config() -> DumpConfig:
+    return DumpConfig(sequence_length=8, batch_size=3, overlap=3, top_p=1.0, top_k=5, codec="exact")
+
+
+def random_teacher(**options: Any) -> BigramTeacher:
+    return BigramTeacher(np.random.default_rng().normal(size=(VOCAB_SIZE, VOCAB_SIZE)), **options)
+
+
+def assert_store_is_the_teachers(
+    store: LogitStore, teacher: BigramTeacher, documents: list[np.ndarray], config: DumpConfig
+) -> None:
+    for number, tokens in enumerate(documents):
+        found = store.read(number)
+        expected = teacher.rows_of(tokens[:-1], tokens[1:], config)
+        assert found.counts[-1] == 0
+        width = found.ids.shape[1]
+        np.testing.assert_array_equal(found.ids[:-1], expected.ids[:, :width])
+        np.testing.assert_array_equal(found.logprobs[:-1], expected.logprobs[:, :width])
+
+
+def test_a_teacher_from_outside_fills_a_store(
+    tmp_path: Path, corpus: MegatronCorpus, documents: list[np.ndarray], config: DumpConfig
+) -> None:
+    teacher: Teacher = random_teacher()
+    dump(teacher, corpus, str(tmp_path / "corpus.pd"), config)
+    store = LogitStore(tmp_path / "corpus.pd")
+    assert_store_is_the_teachers(store, teacher, documents, config)
+    store.check_corpus(corpus, full=True)
+    wanted = {**teacher.identity, "top_p": 1.0, "top_k": 5, "sequence_length": 8, "overlap": 3}
+    assert wanted.items() <= store.metadata.items()
+
+
+def test_a_stopped_dump_goes_on_and_only_with_the_same_teacher(
+    tmp_path: Path,
+    corpus: MegatronCorpus,
+    documents: list[np.ndarray],
+    config: DumpConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dump_module, "_GROUP_TOKENS", 20)
+    path = str(tmp_path / "corpus.pd")
+    teacher = random_teacher(fail_after=150)
+    with pytest.raises(KeyboardInterrupt):
+        dump(teacher, corpus, path, config)
+    with pytest.raises(StoreError, match="begun with"):
+        dump(random_teacher(), corpus, path, config)
+    with pytest.raises(StoreError, match="begun with"):
+        other = DumpConfig(sequence_length=8, batch_size=3, overlap=2, top_p=1.0, top_k=5)
+        dump(teacher, corpus, path, other)
+    again = BigramTeacher(teacher.logprobs)
+    dump(again, corpus, path, config)
+    assert_store_is_the_teachers(LogitStore(path), again, documents, config)
+    whole = random_teacher()
+    dump(whole, corpus, str(tmp_path / "whole.pd"), config)
+    assert again.tokens < whole.tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"top_p": 0.0}, "--dump-top-p"),
+        ({"top_k": 0}, "--dump-top-k"),
+        ({"sampled": 0}, "--dump-sampled is 0"),
+        ({"sampled": 5, "top_k": 9}, "leave them out"),
+        ({"overlap": 64}, r"--dump-overlap is 64.*--seq-length \(64\)"),
+        ({"overlap": -1}, "--dump-overlap is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        DumpConfig(sequence_length=64, batch_size=8, **settings)
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = DumpConfig(sequence_length=64, batch_size=8)
+    assert (config.top_p, config.top_k, config.overlap) == (0.95, 50, 16)
+    assert DumpConfig(sequence_length=64, batch_size=8, sampled=50).top_p is None
+
+
+def test_the_fingerprint_is_of_content(tmp_path: Path) -> None:
+    def folder(name: str, big: bytes, small: bytes = b"{}") -> Path:
+        path = tmp_path / name
+        (path / "inner").mkdir(parents=True)
+        (path / "inner" / "weights").write_bytes(big)
+        (path / "metadata.json").write_bytes(small)
+        return path
+
+    weights = np.random.default_rng().normal(size=1 << 20).astype(np.float32)
+    first = content_fingerprint(folder("first", weights.tobytes()))
+    assert first == content_fingerprint(folder("copy", weights.tobytes()))
+    assert first != content_fingerprint(folder("trained", (weights + 1e-6).tobytes()))
+    assert first != content_fingerprint(folder("other", weights.tobytes(), b"[]"))
+    assert first != content_fingerprint(folder("cut", weights[:-1].tobytes()))
