@@ -40,7 +40,8 @@ def windows_of(document: int, length: int, sequence_length: int, overlap: int) -
 
     Args:
         length: tokens of the document.
-        overlap: tokens of context that a window shares with the one before it.
+        overlap: tokens of context that a window shares with the one before it, in
+            [0, sequence_length).
     """
     windows = []
     start, kept = 0, 0

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_pd.data.corpus import MegatronCorpus, training_prefixes
 from megatron_pd.data.windows import batches_of, windows_of
+from megatron_pd.errors import UserError
 from megatron_pd.evaluate.calibration import BINS, confidence_bins, expected_calibration_error
 from megatron_pd.megatron.inference import ForwardOnlyModel, finish, load_model
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
@@ -48,8 +49,17 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> argparse.Argumen
 
 
 def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
-    """Mean loss in nats per token, perplexity, top-1 accuracy, ECE and the number of tokens."""
+    """Mean loss in nats per token, perplexity, top-1 accuracy, ECE and the number of tokens.
+
+    Raises:
+        UserError: --evaluate-overlap out of range, or nothing to predict.
+    """
     args = model.args
+    if not 0 <= args.evaluate_overlap < args.seq_length:
+        raise UserError(
+            f"--evaluate-overlap is {args.evaluate_overlap}; it must be at least 0 and less than "
+            f"--seq-length ({args.seq_length})."
+        )
     loss_sum = 0.0
     bins = np.zeros((3, BINS))  # tokens, correct, confidence
 
@@ -103,6 +113,11 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
     torch.distributed.all_reduce(totals)
     loss_sum, bins = totals[0].item(), totals[1:].cpu().numpy().reshape(3, BINS)
     tokens = bins[0].sum()
+    if tokens == 0:
+        raise UserError(
+            f"{', '.join(prefixes)}: no document has a second token, so there is nothing to "
+            "predict; give --data-path a corpus of longer documents."
+        )
     return {
         "lm_loss": loss_sum / tokens,
         "perplexity": float(np.exp(loss_sum / tokens)),

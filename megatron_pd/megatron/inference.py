@@ -41,11 +41,12 @@ class ForwardOnlyModel:
 
     args: Any
     tokenizer: Any
-    chunks: list[torch.nn.Module]
+    module: torch.nn.Module
+    """This rank's pipeline stage."""
 
     @property
     def tp_group(self) -> torch.distributed.ProcessGroup:
-        return get_attr_wrapped_model(self.chunks[0], "tp_group")
+        return get_attr_wrapped_model(self.module, "tp_group")
 
     @property
     def replica(self) -> int:
@@ -87,8 +88,8 @@ class ForwardOnlyModel:
 
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[None] * len(self.chunks) if len(self.chunks) > 1 else None,
-            model=self.chunks,
+            data_iterator=None,
+            model=[self.module],
             num_microbatches=1,
             seq_length=batch.tokens.shape[1],
             micro_batch_size=batch.tokens.shape[0],
@@ -137,17 +138,16 @@ def load_model(
     _refuse_early(parsed)
     check(parsed)
     args = parse_and_validate_args(extra_arguments)
+    _refuse_interleaved_stages(args)
     skip_helpers_compilation()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     initialize_megatron()
-    chunks, _, _ = setup_model_and_optimizer(
+    (module,), _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         cfg_container=config,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    for chunk in chunks:
-        chunk.eval()
-    return ForwardOnlyModel(args, build_tokenizer(args), chunks)
+    return ForwardOnlyModel(args, build_tokenizer(args), module.eval())
 
 
 def finish() -> None:
@@ -174,6 +174,18 @@ def _refuse_early(args: Any) -> None:
                 "other; split the model by --tensor-model-parallel-size and "
                 "--pipeline-model-parallel-size instead."
             )
+
+
+def _refuse_interleaved_stages(args: Any) -> None:
+    """Megatron 0.19's interleaved schedule takes as many micro-batches as stages, or more."""
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UserError(
+            f"The pipeline would have {args.virtual_pipeline_model_parallel_size} interleaved "
+            "stages on each rank, which documents, run one micro-batch at a time, do not fill. "
+            "Leave out --num-layers-per-virtual-pipeline-stage, "
+            "--num-virtual-stages-per-pipeline-rank and --use-mp-args-from-checkpoint-args: a "
+            "checkpoint loads into any number of stages."
+        )
 
 
 def _be_one_process_without_torchrun() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,13 @@ def curves(events: Path) -> dict[str, np.ndarray]:
         tag: np.array([event.value for event in accumulator.Scalars(tag)])
         for tag in accumulator.Tags()["scalars"]
     }
+
+
+def write_corpus(prefix: Path, documents: list[np.ndarray]) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
 
 
 def write_text(path: Path, seed: int) -> None:

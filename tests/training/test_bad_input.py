@@ -5,8 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from jobs import ROOT, VOCAB_SIZE, Outcome, World, environment, write_text
+from jobs import (
+    LAYOUTS,
+    ROOT,
+    VOCAB_SIZE,
+    Outcome,
+    World,
+    environment,
+    write_corpus,
+    write_text,
+)
 
 
 def assert_refused(outcome: Outcome, *words: str) -> None:
@@ -139,6 +149,31 @@ def test_dump_flags(world: World, teacher: Path) -> None:
     assert_refused(
         world.runner.run("megatron_pd.teacher.megatron", flags), "--load", "no-checkpoint"
     )
+
+
+def test_evaluate_flags(world: World, teacher: Path) -> None:
+    for overlap in (-1, 64):
+        argv = ["evaluate", *world.dump_flags(teacher, "--evaluate-overlap", overlap)]
+        outcome = world.runner.run("megatron_pd.cli", argv)
+        assert_refused(outcome, f"--evaluate-overlap is {overlap}", "--seq-length (64)")
+
+
+@pytest.mark.parametrize("command", ["dump", "evaluate"])
+def test_interleaved_stages_in_a_pass_over_documents(
+    command: str, world: World, teacher: Path
+) -> None:
+    ranks, flags = LAYOUTS["pp2 interleaved"]
+    outcome = world.runner.run(
+        "megatron_pd.cli", [command, *world.dump_flags(teacher, *flags)], ranks
+    )
+    assert_refused(outcome, "interleaved", "--num-layers-per-virtual-pipeline-stage")
+
+
+def test_evaluate_without_a_token_to_predict(world: World, teacher: Path) -> None:
+    corpus = world.folder / "single-tokens"
+    write_corpus(corpus, [np.array([7]), np.array([8])])
+    argv = ["evaluate", *world.dump_flags(teacher, corpus=corpus)]
+    assert_refused(world.runner.run("megatron_pd.cli", argv, 2), str(corpus), "nothing to predict")
 
 
 def test_the_command_itself_under_torchrun(world: World) -> None:

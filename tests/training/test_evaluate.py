@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import LAYOUTS, VOCAB_SIZE, World
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from jobs import LAYOUTS, VOCAB_SIZE, World, write_corpus
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 SEQUENCE_LENGTH = 64
 BINS = 15
@@ -48,13 +48,6 @@ def context_start(position: int, overlap: int) -> int:
 def window_at(length: int, start: int) -> int:
     """Inputs of the window at `start` of a document of `length` tokens: its last predicts none."""
     return min(SEQUENCE_LENGTH, length - 1 - start)
-
-
-def write_corpus(prefix: Path, documents: list[np.ndarray]) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for tokens in documents:
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
 
 
 @pytest.fixture(scope="module")
