@@ -14,7 +14,7 @@ export PYTHON MEGATRON_PD_BUILD_CUDA
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
-	$(BIN)/python examples/demo/demo.py --seed $(SEED)
+	$(BIN)/python examples/demo --seed $(SEED)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest

@@ -10,32 +10,22 @@ A stopped comparison goes on where it was; finished trainings are not repeated.
 """
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import os
-import random
-import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-import demo
-from demo import STUDENT, Demo, StageError
-from rich.progress import Progress
-
-demo.ROOT = Path("build/tails")
-DRAWS = 50
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-}
+from common import (
+    ROOT,
+    Demo,
+    Runner,
+    Stage,
+    run_experiment,
+    sampled_store,
+    teacher_stages,
+)
 
 
 def _settings() -> dict[str, str]:
@@ -51,83 +41,11 @@ def _settings() -> dict[str, str]:
     settings["decoupled-tau2-wsd-0.9"] = (
         "--pd-tail decoupled --pd-temperature 2 --pd-alpha 0.9 --pd-alpha-schedule wsd"
     )
-    settings["sampled-wsd-0.9"] = (
-        "--pd-tail sampled --pd-alpha 0.9 --pd-alpha-schedule wsd --pd-store {sampled}"
-    )
+    settings["sampled-wsd-0.9"] = "--pd-tail sampled --pd-alpha 0.9 --pd-alpha-schedule wsd"
     return settings
 
 
 SETTINGS = _settings()
-
-
-class Comparison(Demo):
-    """The demo's stages up to the teacher's store, one store more, then a student per trial."""
-
-    def _stages(self):
-        for name, command in super()._stages():
-            yield name, command
-            if name.startswith("dump"):
-                truncation = command.index("--dump-top-p")
-                sampled = [*command[:truncation], *command[truncation + 4 :]]
-                sampled += ["--dump-sampled", str(DRAWS), "--dump-store", self.path("sampled.pd")]
-                yield "dump random draws", sampled
-                return
-
-    def trial(self, name: str, seed: int) -> dict:
-        """Train and evaluate one student; its figures."""
-        student = f"{name}-seed-{seed}"
-        figures = Path(self.path(f"{student}.json"))
-        if not figures.exists():
-            flags = SETTINGS[name].format(sampled=self.path("sampled.pd")).split()
-            training = self._train(student, "student", STUDENT)
-            training = training[training.index("megatron_pd.pretrain") + 1 :]
-            batch = ["--micro-batch-size", str(demo.GLOBAL_BATCH)]
-            self.run_forked(
-                "megatron_pd.pretrain", [*training, *batch, "--seed", str(seed), *flags], student
-            )
-            evaluation = [
-                *("--load", self.path(f"checkpoints/{student}")),
-                *("--data-path", self.path("heldout"), "--micro-batch-size", "32"),
-                *("--evaluate-output", str(figures)),
-            ]
-            self.run_forked("megatron_pd.evaluate.loss", evaluation, f"evaluate-{student}")
-        return json.loads(figures.read_text())
-
-    def run_forked(self, module: str, argv: list[str], name: str) -> None:
-        """Run one command as one process, of the environment that `ENVIRONMENT` makes."""
-        log = self.logs / f"{name}.log"
-        process = FORKS.Process(target=_main_of, args=(module, argv, log))
-        process.start()
-        process.join()
-        if process.exitcode != 0:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            raise StageError(f"{name} failed; the end of {log}:\n{tail}")
-
-
-# Megatron takes ten seconds to import: once, in a server that every trial is forked from.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megatron_pd.pretrain", "megatron_pd.evaluate.loss"])
-
-
-def _main_of(module: str, argv: list[str], log: Path) -> None:
-    """The life of a forked process: one rank of one command, its output in `log`."""
-    import importlib
-
-    with open(log, "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ["MASTER_PORT"] = str(_free_port())
-    sys.argv = [module, *argv]
-    sys.exit(importlib.import_module(module).main())
-
-
-def _free_port() -> int:
-    """A port below those that the system gives out by itself, which another trial could get."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def main() -> int:
@@ -139,30 +57,50 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--jobs", type=int, default=2, help="students at a time, one process each")
     options = parser.parse_args()
-    comparison = Comparison(options.seed)
-    try:
-        comparison.run()
-        os.environ.update(ENVIRONMENT)
-        trials = [(name, seed) for seed in range(1, options.seeds + 1) for name in options.settings]
-        with Progress() as progress, ThreadPoolExecutor(options.jobs) as pool:
-            task = progress.add_task("students", total=len(trials))
-            for done in as_completed([pool.submit(comparison.trial, *trial) for trial in trials]):
-                done.result()
-                progress.advance(task)
-    except StageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    report = _report(comparison)
-    (comparison.folder / "report.md").write_text(report)
-    print(report)
-    return 0
+    demo = Demo(options.seed, ROOT)
+    trials = [(name, seed) for seed in range(1, options.seeds + 1) for name in options.settings]
+    return run_experiment(demo, lambda runner: compare(demo, runner, trials, options.jobs))
 
 
-def _report(comparison: Comparison) -> str:
+def compare(demo: Demo, runner: Runner, trials: Sequence[tuple[str, int]], jobs: int) -> None:
+    """Run every (setting, seed) that has no figures yet; write and print the report."""
+    runner.run(teacher_stages(demo))
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(train_and_evaluate, demo, runner, *trial): trial for trial in trials}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                name, seed = futures[future]
+                loss = future.result()["lm_loss"]
+                print(f"[{number}/{len(trials)}] {name}, seed {seed}: {loss:.3f}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
+            raise
+    text = report(demo)
+    (demo.folder / "report.md").write_text(text)
+    print(text)
+
+
+def train_and_evaluate(demo: Demo, runner: Runner, name: str, seed: int) -> dict[str, Any]:
+    """One student's figures on the held-out files."""
+    student = f"{name}-seed-{seed}"
+    figures = Path(demo.path(f"{student}.json"))
+    if not figures.exists():
+        flags = ["--seed", str(seed), *SETTINGS[name].split()]
+        if "sampled" in flags:
+            flags += ["--pd-store", sampled_store(demo)]
+        runner.run_stage(
+            demo.training_stage(student, student, "student", demo.student, *flags, processes=1)
+        )
+        runner.run_stage(Stage(f"evaluate-{student}", demo.evaluation(student, processes=1)))
+    return json.loads(figures.read_text())
+
+
+def report(demo: Demo) -> str:
     """Every trial that has been run, as a table of the seeds' figures."""
-    results: dict[str, dict[int, dict]] = {name: {} for name in SETTINGS}
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SETTINGS}
     for name in SETTINGS:
-        for path in comparison.folder.glob(f"{name}-seed-*.json"):
+        for path in demo.folder.glob(f"{name}-seed-*.json"):
             results[name][int(path.stem.rpartition("-")[2])] = json.loads(path.read_text())
     lines = [
         "| setting | seeds | held-out LM loss | less than LM only by | ECE |",

@@ -7,14 +7,21 @@ compare_tails.py, and once more with a stop after 20 and a new process that goes
 checkpoint. What is plotted is what TensorBoard got.
 """
 
-import os
+import argparse
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from compare_tails import ENVIRONMENT, Comparison
-from demo import ModelSize, _scalars
+from common import (
+    ROOT,
+    Demo,
+    ModelSize,
+    Runner,
+    read_scalars,
+    run_experiment,
+    teacher_stages,
+)
 
 from megatron_pd.distill.schedules import ALPHA_SCHEDULES
 
@@ -26,19 +33,27 @@ STOP = 20
 FLAGS = {"period": "--pd-alpha-period 0.25 --pd-alpha-min 0.1"}
 
 
-def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/alpha-schedules.png")
-    comparison = Comparison(seed=1)
-    comparison.run()
-    os.environ.update(ENVIRONMENT)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/alpha-schedules.png"))
+    file = parser.parse_args().file
+    demo = Demo(seed=1, root=ROOT)
+    return run_experiment(demo, lambda runner: plot(demo, runner, file))
+
+
+def plot(demo: Demo, runner: Runner, file: Path) -> None:
+    """Train three runs of every schedule, compare and plot them."""
+    runner.run(teacher_stages(demo))
     figure, axes = plt.subplots(
         1, len(ALPHA_SCHEDULES), figsize=(16, 3.2), sharey=True, layout="constrained"
     )
     for axis, kind in zip(axes, ALPHA_SCHEDULES, strict=True):
-        whole = train(comparison, kind, "whole")
-        stopped = train(comparison, kind, "stopped", f"--exit-interval {STOP}")
-        checkpoint = comparison.path(f"checkpoints/schedule-{kind}-stopped")
-        resumed = train(comparison, kind, "resumed", f"--load {checkpoint}")
+        whole = train(demo, runner, kind, "whole")
+        stopped = train(demo, runner, kind, "stopped", "--exit-interval", str(STOP))
+        checkpoint = demo.path(f"checkpoints/schedule-{kind}-stopped")
+        resumed = train(demo, runner, kind, "resumed", "--load", checkpoint)
         axis.plot(*whole["alpha"], color="gray", linewidth=5, alpha=0.4, label="α, whole run")
         axis.plot(*stopped["alpha"], label=f"α, stopped after {STOP}")
         axis.plot(*resumed["alpha"], label="α, resumed")
@@ -50,23 +65,23 @@ def main() -> None:
             gap = np.abs(both - whole[tag][1]).max()
             print(f"{kind}: {tag} of the resumed run is within {gap:.1e} of the whole run's")
     axes[0].legend(loc="lower center", fontsize="small")
-    figure.savefig(path, dpi=90)
+    figure.savefig(file, dpi=90)
 
 
-def train(comparison: Comparison, kind: str, name: str, more: str = "") -> dict:
-    """The scalars of one run."""
+def train(
+    demo: Demo, runner: Runner, kind: str, name: str, *flags: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The scalars of one run: name → (steps, values)."""
     model = f"schedule-{kind}-{name}"
-    command = comparison._train(model, "student", SIZE)
-    argv = [
-        *command[command.index("megatron_pd.pretrain") + 1 :],
+    flags = (
         *"--micro-batch-size 8 --global-batch-size 8".split(),
         *("--save-interval", str(STOP), "--pd-alpha-schedule", kind),
         *FLAGS.get(kind, "").split(),
-        *more.split(),
-    ]
-    comparison.run_forked("megatron_pd.pretrain", argv, model)
-    return _scalars(comparison.path(f"tensorboard/{model}"))
+        *flags,
+    )
+    runner.run_stage(demo.training_stage(model, model, "student", SIZE, *flags, processes=1))
+    return read_scalars(demo.folder / "tensorboard" / model)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""Makes examples/demo importable, as `python examples/demo` does."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
