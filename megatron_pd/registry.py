@@ -39,6 +39,10 @@ class Registry[Thing]:
         """The built-ins."""
         return tuple(self._things)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it may be a choice: a built-in, or the name of something to import."""
+        return name in self._things or (isinstance(name, str) and ":" in name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._things)
 

@@ -18,7 +18,9 @@ Choice choice(const char* what, c10::string_view name, std::initializer_list<std
   for (const auto& [known, value] : choices) {
     if (name == known) return value;
   }
-  TORCH_CHECK_VALUE(false, "There is no ", what, " \"", name, "\".");
+  std::string known_names;
+  for (const auto& [known, value] : choices) known_names += (known_names.empty() ? "" : ", ") + std::string(known);
+  TORCH_CHECK_VALUE(false, "Unknown ", what, " '", name, "'. The fused kernel supports ", known_names, ".");
 }
 
 template <class Number>
@@ -31,13 +33,13 @@ Divergence<Number> divergence_named(c10::string_view tail, c10::string_view loss
                         {"to-label", Tail::kToLabel},
                         {"decoupled", Tail::kDecoupled},
                         {"sampled", Tail::kSampled}}),
-          choice<Loss>("loss of rows", loss,
+          choice<Loss>("loss", loss,
                        {{"nll", Loss::kNll},
                         {"kld", Loss::kKld},
                         {"reverse-kld", Loss::kReverseKld},
                         {"jsd", Loss::kJsd},
                         {"mse-prob", Loss::kMseProb}}),
-          choice<Weight>("weight of rows", weight,
+          choice<Weight>("weight", weight,
                          {{"one", Weight::kOne},
                           {"tau-squared", Weight::kTauSquared},
                           {"tempered-mass", Weight::kTemperedMass}}),

@@ -7,28 +7,26 @@ not fit; the --pd-* flags are made from its fields.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from megatron_pd.distill.losses import LOSSES, Loss
 from megatron_pd.distill.recipes import RECIPES
 from megatron_pd.distill.schedules import ALPHA_SCHEDULES, DECAY_STYLES
+from megatron_pd.distill.tails import TAILS, TailPolicy
 from megatron_pd.distill.targets import check_truncation
 from megatron_pd.errors import UserError
+from megatron_pd.options import flag_name, option
+from megatron_pd.registry import Registry
 
-__all__ = ["ADAPTIVE_TEMPERATURES", "LOSSES", "TAILS", "PDConfig", "flag_of"]
+__all__ = ["ADAPTIVE_TEMPERATURES", "PDConfig", "flag_of"]
 
-LOSSES = ("nll", "kld", "reverse-kld", "jsd", "mse-prob", "mse-logit")
-TAILS = ("renormalize", "raw", "ghost", "to-label", "decoupled", "sampled")
+_DEFAULT_TAIL = "renormalize"
 ADAPTIVE_TEMPERATURES = ("normkd", "wttm", "adakd-sd", "adakd-h")
 
 # τ = temperature + slope · statistic: a peaked row (large std, small entropy) is softened more.
 _ADAPTIVE_SLOPES = {"adakd-sd": 0.5, "adakd-h": -0.25}
 _ADAPTIVE_BOUNDS = (0.5, 4.0)
-
-
-def _option(default: Any, help: str, **flag: Any) -> Any:
-    """A PDConfig field with its one description; `flag` is what its flag takes: type, choices, …"""
-    return field(default=default, metadata={"help": help, "flag": flag})
 
 
 @dataclass(frozen=True)
@@ -39,118 +37,118 @@ class PDConfig:
     constants) is None unless it is in effect, so a setting that would do nothing is refused.
     """
 
-    store: tuple[str, ...] | None = _option(
+    store: tuple[str, ...] | None = option(
         None,
         "Logit store of each --data-path prefix, in the same order. Default: <prefix>.pd beside "
         "each corpus.",
         nargs="+",
         metavar="PATH",
     )
-    loss: str = _option(
+    loss: str = option(
         "kld",
         "Divergence between the teacher's row and the student: soft cross entropy (nll), forward "
         "KL (kld), reverse KL, Jensen-Shannon, or squared error of probabilities or of centred "
         "logits.",
         choices=LOSSES,
     )
-    tail: str = _option(
-        "renormalize",
+    tail: str = option(
+        _DEFAULT_TAIL,
         "What becomes of the teacher's mass outside its row: renormalize the row (the paper's Eq. "
         "4), leave it out (raw), one bucket for it on both sides (ghost), give it to the "
         "ground-truth token (to-label), ghost's mass with the row tempered by itself (decoupled), "
         "or rows of random draws, which need none (sampled).",
         choices=TAILS,
     )
-    top_p: float | None = _option(
+    top_p: float | None = option(
         None,
         "Cut the stored rows to the smallest set with this full-vocabulary mass, in (0, 1]; the "
         "token that crosses it is kept. Default: all that is stored.",
         type=float,
     )
-    top_k: int | None = _option(
+    top_k: int | None = option(
         None, "Then keep the k likeliest entries. Default: all that is stored.", type=int
     )
-    temperature: float = _option(
+    temperature: float = option(
         1.0,
         "Temperature τ of the teacher's row, applied after truncation (Eq. 4); the constant of "
         "--pd-adaptive-temperature.",
         type=float,
     )
-    student_temperature: float = _option(
+    student_temperature: float = option(
         1.0, "Temperature of the student in the distillation loss (the paper's is 1).", type=float
     )
-    tau_squared: bool = _option(
+    tau_squared: bool = option(
         False, "Multiply the distillation loss, and so its gradient, by τ² of the teacher."
     )
-    adaptive_temperature: str | None = _option(
+    adaptive_temperature: str | None = option(
         None,
         "A temperature for each row: NormKD, WTTM, or AdaKD from the standard deviation (adakd-sd) "
         "or the entropy (adakd-h) of the teacher's distribution. All but wttm need that statistic "
         "in the store.",
         choices=ADAPTIVE_TEMPERATURES,
     )
-    adaptive_slope: float | None = _option(
+    adaptive_slope: float | None = option(
         None,
         "adakd-*: τ = --pd-temperature + slope · statistic. Default: "
         f"{_ADAPTIVE_SLOPES['adakd-sd']} for adakd-sd, {_ADAPTIVE_SLOPES['adakd-h']} for adakd-h.",
         type=float,
     )
-    adaptive_min: float | None = _option(
+    adaptive_min: float | None = option(
         None,
         f"Lowest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[0]}.",
         type=float,
     )
-    adaptive_max: float | None = _option(
+    adaptive_max: float | None = option(
         None,
         f"Highest temperature of a row under normkd and adakd-*. Default: {_ADAPTIVE_BOUNDS[1]}.",
         type=float,
     )
-    jsd_beta: float | None = _option(
+    jsd_beta: float | None = option(
         None, "jsd: the teacher's weight β in the mixture, in (0, 1). Default: 0.5.", type=float
     )
-    alpha: float = _option(
+    alpha: float = option(
         0.9,
         "Weight α of the distillation loss, L = (1 − α)·L_lm + α·L_kd; the highest one where it "
         "follows a schedule.",
         type=float,
     )
-    alpha_schedule: str = _option(
+    alpha_schedule: str = option(
         "constant",
         "How α moves over the run; wsd is warmup, stable, decay, with the phases of the learning "
         "rate's own WSD schedule where it has one.",
         choices=ALPHA_SCHEDULES,
     )
-    alpha_min: float | None = _option(None, "Lowest α of a schedule. Default: 0.", type=float)
-    alpha_warmup: float | None = _option(
+    alpha_min: float | None = option(None, "Lowest α of a schedule. Default: 0.", type=float)
+    alpha_warmup: float | None = option(
         None,
         "wsd: length of α's rise; below 1 a share of the run, else a number of samples. Default: "
         "the warmup of a WSD learning rate, else 0.1.",
         type=float,
     )
-    alpha_decay: float | None = _option(
+    alpha_decay: float | None = option(
         None,
         "wsd: length of α's fall, likewise. Default: the decay of a WSD learning rate, else 0.01.",
         type=float,
     )
-    alpha_decay_style: str | None = _option(
+    alpha_decay_style: str | None = option(
         None,
         "wsd: curve of α's fall. Default: --lr-wsd-decay-style of a WSD learning rate, else "
         "cosine.",
         choices=DECAY_STYLES,
     )
-    alpha_period: float | None = _option(
+    alpha_period: float | None = option(
         None,
         "period: length of one cycle, a cosine from the lowest α up and back; below 1 a share of "
         "the run, else a number of samples. Default: 0.1.",
         type=float,
     )
-    recipe: str | None = _option(
+    recipe: str | None = option(
         None,
         "A combination that fills in whatever the command line leaves open: the paper's pd-star, "
         "vanilla and online, or robust, which did best in our own runs (docs/losses.md).",
         choices=tuple(RECIPES),
     )
-    loss_chunk_tokens: int | None = _option(
+    loss_chunk_tokens: int | None = option(
         None,
         "Compute the output layer and the losses for so many tokens at a time and again in the "
         "backward pass, so that the logits of the rest never exist. Default: all at once.",
@@ -168,6 +166,16 @@ class PDConfig:
         _check_combinations(self)
 
     @property
+    def divergence(self) -> Loss:
+        """The loss that `loss` names."""
+        return LOSSES.get(self.loss)
+
+    @property
+    def tail_policy(self) -> TailPolicy:
+        """The policy that `tail` names."""
+        return TAILS.get(self.tail)
+
+    @property
     def row_statistic(self) -> str | None:
         """The per-row statistic that the adaptive temperature reads, if it reads one."""
         return {"normkd": "std", "adakd-sd": "std", "adakd-h": "entropy"}.get(
@@ -180,43 +188,54 @@ class PDConfig:
         `student_temperature` beside the one at 1: not where only the row is tempered."""
         return (
             self.student_temperature != 1.0
-            and self.tail in ("renormalize", "raw", "to-label")
-            and self.loss != "mse-logit"
+            and self.tail_policy.tempers_vocabulary
+            and self.divergence.uses_tail
         )
 
 
 def flag_of(name: str) -> str:
     """The command-line flag of a PDConfig field."""
-    return "--pd-" + name.replace("_", "-")
+    return flag_name("pd", name)
 
 
 # ------------------------------------------------------------------------------ validation
 
 
 def _check_choices(config: PDConfig) -> None:
-    for option in fields(config):
-        choices = option.metadata["flag"].get("choices")
-        value = getattr(config, option.name)
-        if choices and value is not None and value not in choices:
+    for chosen in fields(config):
+        choices = chosen.metadata["flag"].get("choices")
+        value = getattr(config, chosen.name)
+        if not choices or value is None:
+            continue
+        if value not in choices:
             raise UserError(
-                f"{flag_of(option.name)} is {value!r}; it must be one of {', '.join(choices)}."
+                f"{flag_of(chosen.name)} is {value!r}; it must be one of {', '.join(choices)}"
+                + (", or your own as package.module:attribute." if _is_open(choices) else ".")
             )
+        if _is_open(choices):
+            choices.get(value)
+
+
+def _is_open(choices: Any) -> bool:
+    """Whether what can be imported is a choice too."""
+    return isinstance(choices, Registry)
 
 
 def _fill_dependent_fields(config: PDConfig) -> None:
     """Give each field that is in effect its default; refuse one that is set and is not."""
     adaptive = config.adaptive_temperature
+    phases = ALPHA_SCHEDULES.get(config.alpha_schedule).phases
     in_effect: dict[str, tuple[bool, str, Any]] = {
-        "jsd_beta": (config.loss == "jsd", "--pd-loss jsd", 0.5),
+        "jsd_beta": (config.divergence.uses_beta, "--pd-loss jsd", 0.5),
         "alpha_min": (
             config.alpha_schedule != "constant",
             "an --pd-alpha-schedule that moves",
             0.0,
         ),
-        "alpha_warmup": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
-        "alpha_decay": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
-        "alpha_decay_style": (config.alpha_schedule == "wsd", "--pd-alpha-schedule wsd", None),
-        "alpha_period": (config.alpha_schedule == "period", "--pd-alpha-schedule period", 0.1),
+        "alpha_warmup": ("warmup" in phases, "--pd-alpha-schedule wsd", None),
+        "alpha_decay": ("decay" in phases, "--pd-alpha-schedule wsd", None),
+        "alpha_decay_style": ("decay_style" in phases, "--pd-alpha-schedule wsd", None),
+        "alpha_period": ("period" in phases, "--pd-alpha-schedule period", 0.1),
         "adaptive_slope": (
             adaptive in _ADAPTIVE_SLOPES,
             "--pd-adaptive-temperature adakd-sd or adakd-h",
@@ -295,13 +314,13 @@ def _check_combinations(config: PDConfig) -> None:
             f"--pd-jsd-beta is {config.jsd_beta}; it must lie in (0, 1). At the ends the "
             "divergence is 0 everywhere: use --pd-loss kld or reverse-kld for what it tends to."
         )
-    if config.loss == "mse-logit" and config.tail not in ("renormalize", "sampled"):
+    if config.tail_policy.of_draws:
+        _check_sampled(config)
+    elif not config.divergence.uses_tail and config.tail != _DEFAULT_TAIL:
         raise UserError(
-            f"--pd-tail is {config.tail}, and --pd-loss mse-logit compares the centred logits of "
+            f"--pd-tail is {config.tail}, and --pd-loss {config.loss} compares the two sides on "
             "the kept tokens alone, so the tail has no part in it. Leave --pd-tail out."
         )
-    if config.tail == "sampled":
-        _check_sampled(config)
     if config.tau_squared and config.adaptive_temperature in ("normkd", "wttm"):
         raise UserError(
             f"--pd-tau-squared with --pd-adaptive-temperature {config.adaptive_temperature} would "
@@ -312,13 +331,14 @@ def _check_combinations(config: PDConfig) -> None:
 
 def _check_sampled(config: PDConfig) -> None:
     reason = (
-        "--pd-tail sampled reads rows of random draws, whose gradient is the dense one on average "
-        "only for a loss linear in the draws at temperature 1"
+        f"--pd-tail {config.tail} reads rows of random draws, whose gradient is the dense one on "
+        "average only for a loss linear in the draws at temperature 1"
     )
     source = f" (or --pd-recipe {config.recipe}, which may have set them)" if config.recipe else ""
-    if config.loss not in ("nll", "kld"):
+    if not config.divergence.linear_in_teacher:
+        linear = " or ".join(name for name in LOSSES if LOSSES.get(name).linear_in_teacher)
         raise UserError(
-            f"{reason}; --pd-loss is {config.loss}. Choose nll or kld, or another --pd-tail with a "
+            f"{reason}; --pd-loss is {config.loss}. Choose {linear}, or another --pd-tail with a "
             "top-p-k store."
         )
     if config.temperature != 1.0 or config.adaptive_temperature or config.student_temperature != 1:

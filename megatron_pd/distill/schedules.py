@@ -9,13 +9,14 @@ curves, so that α can follow it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_pd.errors import UserError
+from megatron_pd.registry import Registry
 
-__all__ = ["ALPHA_SCHEDULES", "DECAY_STYLES", "AlphaSchedule", "alpha_at"]
+__all__ = ["ALPHA_SCHEDULES", "DECAY_STYLES", "AlphaCurve", "AlphaSchedule", "alpha_at"]
 
-ALPHA_SCHEDULES = ("constant", "linear-increase", "linear-decrease", "period", "wsd")
 DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 
 
@@ -24,7 +25,7 @@ class AlphaSchedule:
     """An α curve; lengths are shares of the run, so that it fits any unit of steps."""
 
     kind: str
-    """One of ALPHA_SCHEDULES."""
+    """A name in ALPHA_SCHEDULES."""
 
     max: float
     """The highest α, in [0, 1]; the value of `constant`."""
@@ -51,8 +52,7 @@ class AlphaSchedule:
     @property
     def phases(self) -> dict[str, float | str]:
         """The fields that shape this kind of curve, beside max and min."""
-        used = {"wsd": ("warmup", "decay", "decay_style", "end"), "period": ("period",)}
-        return {name: getattr(self, name) for name in used.get(self.kind, ())}
+        return {name: getattr(self, name) for name in ALPHA_SCHEDULES.get(self.kind).phases}
 
     def __post_init__(self) -> None:
         if self.warmup + self.decay > self.end + 1e-12:
@@ -73,25 +73,25 @@ def alpha_at(schedule: AlphaSchedule, step: int, total_steps: int) -> float:
     if total_steps < 1:
         raise UserError(f"The run has {total_steps} steps; α needs a run of at least one.")
     done = min(max(step, 0) / total_steps, 1.0)
-    return schedule.min + (schedule.max - schedule.min) * _height(schedule, done)
+    height = ALPHA_SCHEDULES.get(schedule.kind).height(schedule, done)
+    return schedule.min + (schedule.max - schedule.min) * height
 
 
-def _height(schedule: AlphaSchedule, done: float) -> float:
-    """Where α stands between min (0) and max (1)."""
-    match schedule.kind:
-        case "constant":
-            return 1.0
-        case "linear-increase":
-            return done
-        case "linear-decrease":
-            return 1.0 - done
-        case "period":
-            return 0.5 * (1.0 - math.cos(2.0 * math.pi * done / schedule.period))
-        case "wsd":
-            return _wsd_height(schedule, done)
-    raise UserError(
-        f"There is no α schedule {schedule.kind!r}; choose one of {', '.join(ALPHA_SCHEDULES)}."
-    )
+@dataclass(frozen=True)
+class AlphaCurve:
+    """A choice of --pd-alpha-schedule."""
+
+    height: Callable[[AlphaSchedule, float], float]
+    """(schedule, share of the run that is done, in [0, 1]) → where α stands between its lowest (0)
+    and its highest value (1)."""
+
+    phases: tuple[str, ...] = ()
+    """The fields of AlphaSchedule that it reads beside `min` and `max`: they are refused where a
+    curve doesn't, and those of "wsd" follow the learning rate's WSD schedule."""
+
+
+def _period_height(schedule: AlphaSchedule, done: float) -> float:
+    return 0.5 * (1.0 - math.cos(2.0 * math.pi * done / schedule.period))
 
 
 def _wsd_height(schedule: AlphaSchedule, done: float) -> float:
@@ -117,3 +117,11 @@ def _decay_height(style: str, ratio: float) -> float:
         case "minus_sqrt":
             return 1.0 - math.sqrt(ratio)
     raise UserError(f"There is no decay style {style!r}; choose one of {', '.join(DECAY_STYLES)}.")
+
+
+ALPHA_SCHEDULES: Registry[AlphaCurve] = Registry("α schedule", AlphaCurve)
+ALPHA_SCHEDULES.add("constant", AlphaCurve(lambda schedule, done: 1.0))
+ALPHA_SCHEDULES.add("linear-increase", AlphaCurve(lambda schedule, done: done))
+ALPHA_SCHEDULES.add("linear-decrease", AlphaCurve(lambda schedule, done: 1.0 - done))
+ALPHA_SCHEDULES.add("period", AlphaCurve(_period_height, phases=("period",)))
+ALPHA_SCHEDULES.add("wsd", AlphaCurve(_wsd_height, ("warmup", "decay", "decay_style", "end")))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 from typing import Any
 
-from megatron_pd.distill.config import PDConfig, flag_of
-from megatron_pd.distill.schedules import AlphaSchedule
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.schedules import ALPHA_SCHEDULES, AlphaSchedule
 from megatron_pd.errors import UserError
 from megatron_pd.megatron.recipe_parser import RecipeParser
+from megatron_pd.options import add_options, given_options
 
 __all__ = [
     "HelpFormatter",
@@ -31,20 +31,7 @@ def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         action="store_true",
         help="Distil with the defaults below; any other --pd-* flag turns it on too.",
     )
-    for option in fields(PDConfig):
-        keywords = dict(option.metadata["flag"])
-        if isinstance(option.default, bool):
-            keywords["action"] = "store_true"
-        if "type" in keywords:
-            keywords["metavar"] = option.name.rsplit("_", 1)[-1].upper()
-        shown = "" if option.default is None else f" Default: {option.default}."
-        group.add_argument(
-            flag_of(option.name),
-            dest=f"pd_{option.name}",
-            default=None,
-            help=(option.metadata["help"] + shown).replace("%", "%%"),
-            **keywords,
-        )
+    add_options(group, PDConfig, "pd")
     return RecipeParser(
         parents=[parser], add_help=False, allow_abbrev=False, formatter_class=HelpFormatter
     )
@@ -66,11 +53,7 @@ def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
     Raises:
         UserError: naming the flag that does not fit and what to give instead.
     """
-    given = {
-        option.name: value
-        for option in fields(PDConfig)
-        if (value := getattr(args, f"pd_{option.name}", None)) is not None
-    }
+    given = given_options(args, PDConfig, "pd")
     if not given and not getattr(args, "pd", False):
         return None
     return PDConfig(**given)
@@ -105,9 +88,10 @@ def resolve_schedule(config: PDConfig, args: argparse.Namespace) -> AlphaSchedul
         "max": config.alpha,
         "min": config.alpha_min or 0.0,
     }
-    if config.alpha_schedule == "period":
+    curve = ALPHA_SCHEDULES.get(config.alpha_schedule)
+    if "period" in curve.phases:
         schedule["period"] = _share(config.alpha_period, total)
-    if config.alpha_schedule == "wsd":
+    if {"warmup", "decay"} & set(curve.phases):
         phases = _lr_phases(args, total)
         if config.alpha_warmup is not None:
             phases["warmup"] = _share(config.alpha_warmup, total)

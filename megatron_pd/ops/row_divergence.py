@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from megatron_pd.ops.library import operators
 
-__all__ = ["row_divergence"]
+__all__ = ["FUSED_LOSSES", "FUSED_TAILS", "is_fused", "row_divergence"]
+
+FUSED_LOSSES = ("nll", "kld", "reverse-kld", "jsd", "mse-prob")
+FUSED_TAILS = ("renormalize", "raw", "ghost", "to-label", "decoupled", "sampled")
+
+
+def is_fused(loss: str, tail: str) -> bool:
+    """Whether the operator knows this loss and this tail policy."""
+    return loss in FUSED_LOSSES and tail in FUSED_TAILS
 
 
 def row_divergence(
@@ -44,8 +52,8 @@ def row_divergence(
         counts: int32 [...], entries of each row, which are its first columns; the rest is ignored.
         labels: int64 [...].
         temperature: [...], or [..., 1], the teacher's, positive.
-        tail: "renormalize", "raw", "ghost", "to-label", "decoupled" or "sampled".
-        loss: "nll", "kld", "reverse-kld", "jsd" or "mse-prob".
+        tail: one of FUSED_TAILS.
+        loss: one of FUSED_LOSSES.
         weight: of a row's loss: "one", "tau-squared" (τ²) or "tempered-mass" (Σ t^(1/τ)).
         jsd_beta: the teacher's weight in the mixture of "jsd".
 

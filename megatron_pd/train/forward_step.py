@@ -18,7 +18,7 @@ from megatron.training import get_args, get_timers
 
 from megatron_pd.data.batch import get_batch
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import mix
+from megatron_pd.distill.objective import mix
 from megatron_pd.distill.schedules import AlphaSchedule, alpha_at
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import distillation_loss
+from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.ops import sparse_log_softmax
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from row_cases import RowCase, row_cases
 
-from megatron_pd.distill.losses import distillation_loss
+from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.ops import sparse_log_softmax
 
 # The modules, whose names in the package are taken by their functions.

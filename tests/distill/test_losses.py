@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_pd.distill.config import LOSSES, TAILS, PDConfig
-from megatron_pd.distill.losses import composed_loss, distillation_loss, mix, row_temperature
+from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.losses import LOSSES
+from megatron_pd.distill.objective import composed_loss, distillation_loss, mix
+from megatron_pd.distill.tails import TAILS
 from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k, truncate
+from megatron_pd.distill.temperatures import row_temperature
 from megatron_pd.errors import UserError
 from megatron_pd.ops import row_divergence
 

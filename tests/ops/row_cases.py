@@ -9,9 +9,7 @@ from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k
-
-TAILS = ["renormalize", "raw", "ghost", "to-label", "decoupled", "sampled"]
-LOSSES = ["nll", "kld", "reverse-kld", "jsd", "mse-prob"]
+from megatron_pd.ops import FUSED_LOSSES, FUSED_TAILS
 
 
 @dataclass(repr=False)
@@ -28,10 +26,10 @@ class RowCase:
 @st.composite
 def configs(draw: st.DrawFn) -> PDConfig:
     """Any configuration of a student at temperature 1 but `mse-logit`."""
-    tail = draw(st.sampled_from(TAILS), label="tail")
+    tail = draw(st.sampled_from(FUSED_TAILS), label="tail")
     if tail == "sampled":
         return PDConfig(tail=tail, loss=draw(st.sampled_from(["nll", "kld"]), label="loss"))
-    loss = draw(st.sampled_from(LOSSES), label="loss")
+    loss = draw(st.sampled_from(FUSED_LOSSES), label="loss")
     beta = draw(st.sampled_from([0.1, 0.5, 0.8]), label="β") if loss == "jsd" else None
     temperature = draw(st.sampled_from([1.0, 0.5, 2.0, 1.3]), label="τ")
     method = draw(st.sampled_from([None, None, "normkd", "wttm", "adakd-h"]), label="adaptive")

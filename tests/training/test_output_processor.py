@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import mix
+from megatron_pd.distill.objective import mix
 from megatron_pd.distill.targets import TeacherTargets, top_p_k
 from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import (

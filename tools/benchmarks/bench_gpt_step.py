@@ -29,7 +29,7 @@ from bench_loss import now, peak_memory, random_teacher
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import mix
+from megatron_pd.distill.objective import mix
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.errors import reporting_errors
 from megatron_pd.megatron import cpu

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import distillation_loss
+from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets, top_p_k
 from megatron_pd.errors import reporting_errors
 from megatron_pd.megatron import cpu

@@ -47,7 +47,7 @@ def plot(demo: Demo, runner: Runner, file: Path) -> None:
     """Train three runs of every schedule, compare and plot them."""
     runner.run(teacher_stages(demo))
     figure, axes = plt.subplots(
-        1, len(ALPHA_SCHEDULES), figsize=(16, 3.2), sharey=True, layout="constrained"
+        1, len(ALPHA_SCHEDULES.names), figsize=(16, 3.2), sharey=True, layout="constrained"
     )
     for axis, kind in zip(axes, ALPHA_SCHEDULES, strict=True):
         whole = train(demo, runner, kind, "whole")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.losses import distillation_loss
+from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, top_p_k
 
 matplotlib.use("Agg")
