@@ -9,7 +9,7 @@ __all__ = ["UserError", "reporting_errors"]
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file or flag, what was found, and the mend."""
+    """Bad input. The message names the file or flag, what was found, and the fix."""
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def _read_json_lines(path: str, json_key: str) -> Iterator[tuple[str, int]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{path}, line {number}: expected a JSON object with the text under "
-                    f"{json_key!r}; mend the line, or name another key with --json-key."
+                    f"{json_key!r}; fix the line, or name another key with --json-key."
                 ) from error
             yield text, len(line)
 

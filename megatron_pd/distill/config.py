@@ -66,7 +66,7 @@ class PDConfig:
         type=float,
     )
     top_k: int | None = option(
-        None, "Then keep the k likeliest entries. Default: all that is stored.", type=int
+        None, "Then keep the top k entries. Default: all that is stored.", type=int
     )
     temperature: float = option(
         1.0,

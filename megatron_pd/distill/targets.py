@@ -8,7 +8,7 @@ the tail 1 − a, stays part of the data, and every smaller p or k, temperature 
 chosen at training time.
 
 Truncation is top-p, then top-k (arXiv 2410.16215, §3.1): the nucleus is the smallest set whose
-full-vocabulary mass reaches p, so the token that crosses p is kept; of it, the k likeliest stay.
+full-vocabulary mass reaches p, so the token that crosses p is kept; of it, the top k stay.
 """
 
 from __future__ import annotations

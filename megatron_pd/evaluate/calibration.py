@@ -1,4 +1,4 @@
-"""Expected calibration error (ECE) of the likeliest token (Guo et al. 2017, arXiv 1706.04599).
+"""Expected calibration error (ECE) of the most likely token (Guo et al. 2017, arXiv 1706.04599).
 
 Tokens are sorted into equal bins of confidence; ECE is the mean over the bins of
 |accuracy − confidence|, weighted by the tokens in each. Bins add up over batches and ranks.
@@ -15,7 +15,7 @@ def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Tokens, correct tokens and confidence, summed in each bin: float64 [3, BINS].
 
     Args:
-        confidence: [tokens], the probability of the likeliest token, in [0, 1].
+        confidence: [tokens], the probability of the most likely token, in [0, 1].
         correct: bool [tokens], whether it was the true one.
     """
     index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)

@@ -88,7 +88,7 @@ def check_cpu_args(args: argparse.Namespace) -> None:
     """Refuse what Megatron's local (non-Transformer-Engine) implementation cannot do on a CPU.
 
     Raises:
-        UserError: names the flag and the mend.
+        UserError: names the flag and the fix.
     """
     if not is_cpu():
         return

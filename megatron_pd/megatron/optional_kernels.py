@@ -43,7 +43,7 @@ def check_gpu_args(args: argparse.Namespace) -> None:
     """Refuse what Megatron's local layers cannot do.
 
     Raises:
-        UserError: names the flag and the mend.
+        UserError: names the flag and the fix.
     """
     if cpu.is_cpu() or args.transformer_impl != "local":
         return

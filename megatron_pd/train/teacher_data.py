@@ -94,7 +94,7 @@ def _check_tokenizer(store: LogitStore, path: str, tokenizer: Any) -> None:
 def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
     if config.tail == "sampled" and not store.draws:
         raise UserError(
-            f"{path} holds the teacher's likeliest tokens, and --pd-tail sampled reads random "
+            f"{path} holds the teacher's top tokens, and --pd-tail sampled reads random "
             "draws: dump a store of draws with `megatron-pd dump --dump-sampled 50`, or choose "
             "another --pd-tail."
         )

@@ -15,7 +15,7 @@ def random_logits(seed: int, rows: int = 7, vocab_size: int = 40, scale: float =
 
 
 def nucleus_by_hand(logits_V: torch.Tensor, top_p: float, top_k: int) -> dict[int, float]:
-    """The likeliest tokens one by one, up to and with the one that reaches p, or k of them."""
+    """The most likely tokens one by one, up to and with the one that reaches p, or k of them."""
     probs = torch.softmax(logits_V.double(), dim=-1)
     kept: dict[int, float] = {}
     for token in torch.argsort(probs, descending=True).tolist():

@@ -51,7 +51,7 @@ def test_rows_are_nuclei_of_full_vocabulary_probabilities(world: World) -> None:
         probabilities = np.where(mask, np.exp(logprobs.astype(np.float64)), 0)
         mass = probabilities.sum(1)[:-1]
         assert (mass <= 1 + 1e-5).all()
-        # The row is the smallest that reaches 0.95, or the 50 likeliest.
+        # The row is the smallest that reaches 0.95, or the top 50.
         last = probabilities[np.arange(len(counts) - 1), counts[:-1] - 1]
         assert ((mass >= 0.95 - 1e-5) | (counts[:-1] == 50)).all()
         assert (mass - last < 0.95 + 1e-5).all()
