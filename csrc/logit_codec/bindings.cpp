@@ -3,10 +3,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <string>
-
-#include "compact/block.h"
+#include "compact/codec.h"
 #include "container/shard.h"
+#include "exact/codec.h"
 
 namespace py = pybind11;
 using namespace logit_codec;
@@ -34,11 +33,12 @@ Rows rows_of(const Array<int32_t>& counts, const Array<int32_t>& ids,
              const Array<float>& logprobs) {
     int64_t entries = 0;
     for (const int32_t count : span_of(counts)) {
-        if (count < 0) throw BadRows("a negative count");
+        if (count < 0) refuse<BadRows>("a row has ", count, " entries");
         entries += count;
     }
     if (entries != ids.size() || entries != logprobs.size())
-        throw BadRows("counts, ids and logprobs do not fit together");
+        refuse<BadRows>("the counts sum to ", entries, ", and there are ", ids.size(), " ids and ",
+                        logprobs.size(), " log-probabilities");
     return {span_of(counts), span_of(ids), span_of(logprobs)};
 }
 
@@ -48,13 +48,13 @@ py::tuple ragged(const Array<int32_t>& ids, const Array<float>& logprobs,
     if (ids.ndim() != 2 || logprobs.ndim() != 2 || counts.ndim() != 1 ||
         ids.shape(0) != logprobs.shape(0) || ids.shape(1) != logprobs.shape(1) ||
         ids.shape(0) != counts.shape(0))
-        throw BadRows("ids, logprobs and counts must be [n, K], [n, K] and [n]");
+        refuse<BadRows>("ids, logprobs and counts must be [n, K], [n, K] and [n]");
     const auto width = ids.shape(1);
     py::ssize_t entries = 0;
     for (const int32_t count : span_of(counts)) {
-        if (count < 0 || count > width || count > 0xFFFF)
-            throw BadRows("a count of " + std::to_string(count) + " in rows of " +
-                          std::to_string(width) + " (at most 65,535)");
+        if (count < 0 || count > width || count > int32_t(kMaxEntriesOfARow))
+            refuse<BadRows>("a row has ", count, " entries, in arrays of ", width, " columns; a row has ",
+                            kMaxEntriesOfARow, " at most");
         entries += count;
     }
     Array<int32_t> flat_ids(entries);
@@ -76,19 +76,20 @@ py::tuple ragged(const Array<int32_t>& ids, const Array<float>& logprobs,
 
 Layout checked_layout(uint32_t vocab_size, uint32_t draws, int value_bits) {
     if (value_bits < kMinValueBits || value_bits > kMaxValueBits)
-        throw Corrupt("value_bits " + std::to_string(value_bits) + " is not in [" +
-                      std::to_string(kMinValueBits) + ", " + std::to_string(kMaxValueBits) + "]");
-    if (vocab_size == 0 || vocab_size > (1u << kMaxNumberLog2) || draws >= (1u << 16))
-        throw Corrupt("a vocabulary or a number of draws beyond the format");
+        refuse("value_bits is ", value_bits, ", not in [", kMinValueBits, ", ", kMaxValueBits, "]");
+    if (vocab_size == 0 || vocab_size > (1u << kMaxVocabSizeLog2))
+        refuse("the vocabulary has ", vocab_size, " ids, not 1 to ", 1u << kMaxVocabSizeLog2);
+    if (draws > kMaxEntriesOfARow)
+        refuse("rows have ", draws, " draws, not at most ", kMaxEntriesOfARow);
     return {vocab_size, draws, value_bits};
 }
 
-// Tables with what only encoding needs.
-class BlockEncoder {
+// Codec `compact` with one entropy model.
+class CompactCoder {
    public:
-    BlockEncoder(const py::buffer& payload, uint32_t vocab_size, uint32_t draws, int value_bits)
-        : tables_(bytes_of(payload.request()), checked_layout(vocab_size, draws, value_bits)),
-          rank_of_id_(tables_.ranks()) {}
+    CompactCoder(const py::buffer& payload, uint32_t vocab_size, uint32_t draws, int value_bits)
+        : model_(bytes_of(payload.request()), checked_layout(vocab_size, draws, value_bits)),
+          ordinal_of_id_(model_.order()) {}
 
     py::bytes encode(const Array<int32_t>& counts, const Array<int32_t>& ids,
                      const Array<float>& logprobs) const {
@@ -96,23 +97,32 @@ class BlockEncoder {
         std::vector<uint8_t> out;
         {
             const py::gil_scoped_release release;
-            check_rows(tables_.layout(), rows);
-            out = encode_compact(tables_, rank_of_id_, rows);
+            check_rows(model_.layout(), rows);
+            out = encode_compact(model_, ordinal_of_id_, rows);
         }
         return to_python(out);
     }
 
     py::bytes slice(const py::buffer& stream, uint32_t rows, uint32_t entries, uint32_t first,
                     uint32_t count) const {
-        if (first > rows || count > rows - first) throw py::index_error("no such rows");
-        return to_python(slice_compact(tables_, bytes_of(stream.request()), rows, entries, first,
+        if (first > rows || count > rows - first)
+            refuse<std::out_of_range>("rows ", first, " to ", uint64_t(first) + count,
+                                      " of a block of ", rows);
+        return to_python(slice_compact(model_, bytes_of(stream.request()), rows, entries, first,
                                        count));
     }
 
    private:
-    Tables tables_;
-    RankOfId rank_of_id_;
+    EntropyModel model_;
+    OrdinalOfId ordinal_of_id_;
 };
+
+Codecs codecs_of(const Layout& layout) {
+    Codecs codecs;
+    codecs[kExact] = std::make_unique<ExactCodec>(layout);
+    codecs[kCompact] = std::make_unique<CompactCodec>(layout);
+    return codecs;
+}
 
 // Keeps the mapping alive as long as the shard.
 class MappedShard {
@@ -121,8 +131,8 @@ class MappedShard {
                 uint64_t index_offset, uint64_t index_bytes, bool bound, uint32_t vocab_size,
                 uint32_t draws, int value_bits)
         : file_(file.request()),
-          geometry_{rows, documents, blocks, index_offset, index_bytes, bound},
-          shard_(bytes_of(file_), geometry_, checked_layout(vocab_size, draws, value_bits)) {}
+          shard_(bytes_of(file_), {rows, documents, blocks, index_offset, index_bytes, bound},
+                 codecs_of(checked_layout(vocab_size, draws, value_bits))) {}
 
     const Shard& get() const { return shard_; }
 
@@ -152,17 +162,17 @@ class MappedShard {
     }
 
     py::array_t<uint64_t> starts() const {
-        const uint64_t words = geometry_.documents + 1;
+        const Index& index = shard_.index();
+        const uint64_t words = index.geometry().documents + 1;
         py::array_t<uint64_t> out{py::ssize_t(words)};
         uint64_t* start = out.mutable_data();
         for (uint64_t i = 0; i < words; ++i)
-            start[i] = i ? shard_.document_rows(i - 1).second : 0;
+            start[i] = i ? index.document_rows(i - 1).second : 0;
         return out;
     }
 
    private:
     py::buffer_info file_;
-    Geometry geometry_;
     Shard shard_;
 };
 
@@ -192,19 +202,21 @@ PYBIND11_MODULE(_logit_codec, module) {
                            const Array<int32_t>& ids, const Array<float>& logprobs) {
         const Layout layout = checked_layout(vocab_size, draws, value_bits);
         const Rows rows = rows_of(counts, ids, logprobs);
-        if (id_counts.size() != vocab_size) throw BadRows("id_counts must be [vocab_size]");
+        if (id_counts.size() != vocab_size)
+            refuse<BadRows>("id_counts has ", id_counts.size(), " counts, for a vocabulary of ",
+                            vocab_size);
         std::vector<uint8_t> out;
         {
             const py::gil_scoped_release release;
             check_rows(layout, rows);
-            out = Tables::train(layout, span_of(id_counts), rows);
+            out = EntropyModel::train(layout, span_of(id_counts), rows);
         }
         return to_python(out);
     });
-    py::class_<BlockEncoder>(module, "BlockEncoder")
+    py::class_<CompactCoder>(module, "CompactCoder")
         .def(py::init<const py::buffer&, uint32_t, uint32_t, int>())
-        .def("encode", &BlockEncoder::encode)
-        .def("slice", &BlockEncoder::slice);
+        .def("encode", &CompactCoder::encode)
+        .def("slice", &CompactCoder::slice);
     const py::call_guard<py::gil_scoped_release> unlocked;
     py::class_<MappedShard>(module, "Shard")
         .def(py::init<const py::buffer&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, bool,
@@ -213,15 +225,15 @@ PYBIND11_MODULE(_logit_codec, module) {
              py::arg("blocks"), py::arg("index_offset"), py::arg("index_bytes"), py::arg("bound"),
              py::arg("vocab_size"), py::arg("draws"), py::arg("value_bits"))
         .def("document_rows",
-             [](const MappedShard& shard, uint64_t i) { return shard.get().document_rows(i); })
+             [](const MappedShard& shard, uint64_t i) { return shard.get().index().document_rows(i); })
         .def("starts", &MappedShard::starts)
-        .def("digest", [](const MappedShard& shard, uint64_t i) { return shard.get().digest(i); })
-        .def("block", [](const MappedShard& shard, uint64_t i) { return shard.get().block(i); })
+        .def("digest", [](const MappedShard& shard, uint64_t i) { return shard.get().index().digest(i); })
+        .def("block", [](const MappedShard& shard, uint64_t i) { return shard.get().index().block(i); })
         .def("max_count", [](const MappedShard& shard, uint64_t begin,
                              uint64_t end) { return shard.get().max_count(begin, end); })
         .def("check_block",
              [](const MappedShard& shard, uint64_t i) { shard.get().check_block(i); }, unlocked)
-        .def("check_index", [](const MappedShard& shard) { shard.get().check_index(); }, unlocked)
+        .def("check_index", [](const MappedShard& shard) { shard.get().index().check(); }, unlocked)
         .def("check_frames", [](const MappedShard& shard) { shard.get().check_frames(); }, unlocked)
         .def("read", &MappedShard::read, py::arg("begin"), py::arg("end"),
              py::arg("ids").noconvert(), py::arg("logprobs").noconvert(),

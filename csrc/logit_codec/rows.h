@@ -1,12 +1,15 @@
-// Rows before and after they are numbers.
+// Rows of a block before they are coded, and after.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "span.h"
 
 namespace logit_codec {
+
+inline constexpr uint32_t kMaxVocabSizeLog2 = 24, kMaxEntriesOfARow = 0xFFFF;
 
 // What a shard's header says about its rows.
 struct Layout {
@@ -15,20 +18,26 @@ struct Layout {
     int value_bits;
 };
 
-// Rows without padding.
+// Rows without padding: counts of each row, ids and log-probabilities of each entry.
 struct Rows {
     Span<const int32_t> counts;
     Span<const int32_t> ids;
     Span<const float> logprobs;
 };
 
-// Rows as the numbers that are entropy-coded: ranks instead of ids, and codes of the grid (top
-// rows) or draws (sampled rows) instead of log-probabilities.
-struct CodedRows {
-    std::vector<uint32_t> counts, tails;  // of each row; sampled rows and empty ones have no tail
-    std::vector<uint32_t> ranks, codes;   // of each entry
+// Where a block's rows are decoded to.
+struct RowBuffers {
+    std::vector<int32_t> counts, ids;
+    std::vector<float> logprobs;
 };
 
-inline constexpr uint32_t kMostEntriesOfARow = 0xFFFF;
+// Of a sampled row: how often an entry was drawn.
+inline uint32_t draws_of(const Layout& layout, float logprob) {
+    return uint32_t(std::lround(std::exp(double(logprob)) * layout.draws));
+}
+
+// Throws BadRows where a row is not what a store holds: ids in the vocabulary and different from
+// each other, log-probabilities finite, at most 0 and falling, draws that sum up.
+void check_rows(const Layout& layout, const Rows& rows);
 
 }  // namespace logit_codec

@@ -25,9 +25,9 @@ def train(
     ids: np.ndarray,
     logprobs: np.ndarray,
 ) -> bytes:
-    """Payload of a tables frame; id_counts uint64 [vocab_size], the rest a sample of rows."""
+    """Payload of the entropy model; id_counts uint64 [vocab_size], the rest a sample of rows."""
 
-class BlockEncoder:
+class CompactCoder:
     def __init__(self, payload: Buffer, vocab_size: int, draws: int, value_bits: int) -> None: ...
     def encode(self, counts: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> bytes: ...
     def slice(self, stream: Buffer, rows: int, entries: int, first: int, count: int) -> bytes: ...

@@ -82,7 +82,7 @@ class RaggedRows:
 class Tables:
     """Tables in use by a writer: the coder made of them and where their frame lies."""
 
-    encoder: _logit_codec.BlockEncoder
+    encoder: _logit_codec.CompactCoder
     offset: int
 
 
@@ -137,7 +137,7 @@ class CodedBlock:
         else:
             assert self.tables is not None
             layout = (shard.vocab_size, shard.draws, shard.value_bits)
-            encoder = _logit_codec.BlockEncoder(self.tables, *layout)
+            encoder = _logit_codec.CompactCoder(self.tables, *layout)
             stream = encoder.slice(stream, self.rows, self.entries, start, stop - start)
         kept = counts[start:stop]
         return replace(

@@ -29,7 +29,7 @@ class TablesTrainer:
 
     def resume(self, payload: bytes, offset: int) -> None:
         """Uses the tables of a frame found in an unfinished shard, or just written."""
-        self.tables = Tables(_logit_codec.BlockEncoder(payload, *self._layout), offset)
+        self.tables = Tables(_logit_codec.CompactCoder(payload, *self._layout), offset)
         self._trained = self._seen
 
     def resume_rows(self, entries: int) -> None:

@@ -1,4 +1,4 @@
-// Hostile bytes: mutated tables, blocks and whole shards, their checksums made right again, so that
+// Hostile bytes: mutated entropy models, blocks and whole shards, their checksums made right again, so that
 // every bounds check is reached.  Each input must end in Corrupt or in rows whose ids are in range.
 //
 //     fuzz_codec INPUTS SEED
@@ -8,9 +8,9 @@
 #include <cstdlib>
 #include <random>
 
-#include "compact/block.h"
-#include "compact/symbol_stream.h"
+#include "compact/codec.h"
 #include "container/shard.h"
+#include "exact/codec.h"
 
 using namespace logit_codec;
 
@@ -20,14 +20,8 @@ std::mt19937_64 rng;
 
 uint64_t below(uint64_t n) { return n ? rng() % n : 0; }
 
-struct RowArrays {
-    std::vector<int32_t> counts, ids;
-    std::vector<float> logprobs;
-    Rows view() const { return {counts, ids, logprobs}; }
-};
-
-RowArrays random_rows(const Layout& layout, size_t rows) {
-    RowArrays out;
+RowBuffers random_rows(const Layout& layout, size_t rows) {
+    RowBuffers out;
     for (size_t row = 0; row < rows; ++row) {
         const uint32_t most = std::min<uint32_t>(layout.vocab_size, layout.draws ? 6 : 20);
         uint32_t count = uint32_t(below(most + 1));
@@ -84,16 +78,13 @@ void check_ids(const Layout& layout, const int32_t* ids, size_t n) {
         require(ids[i] >= 0 && uint32_t(ids[i]) < layout.vocab_size, "an id out of range");
 }
 
-void decode(const Layout& layout, const Tables* tables, const std::vector<uint8_t>& stream,
+// model: null for `exact`.
+void decode(const Layout& layout, const EntropyModel* model, const std::vector<uint8_t>& stream,
             size_t rows, size_t entries) {
-    check_size(entries, stream, tables ? kCompactEntriesPerByte : kExactEntriesPerByte);
-    std::vector<int32_t> counts(rows), ids(entries);
-    std::vector<float> logprobs(entries);
-    if (tables)
-        decode_compact(*tables, stream, rows, counts, ids, logprobs);
-    else
-        decode_exact(stream, layout, counts, ids, logprobs);
-    check_ids(layout, ids.data(), ids.size());
+    const RowBuffers found = model ? decode_compact(*model, stream, rows, entries, rows)
+                                   : decode_exact(layout, stream, rows, entries);
+    require(found.counts.size() == rows && found.ids.size() == entries, "rows went missing");
+    check_ids(layout, found.ids.data(), entries);
 }
 
 void put_frame(std::vector<uint8_t>& file, FrameHeader header, const std::vector<uint8_t>& body) {
@@ -109,27 +100,27 @@ void put_frame(std::vector<uint8_t>& file, FrameHeader header, const std::vector
 }
 
 // A shard of one block, any of its parts mutated before the checksums are taken.
-void read_shard(const Layout& layout, const std::vector<uint8_t>& tables, const RowArrays& rows,
+void read_shard(const Layout& layout, const std::vector<uint8_t>& model, const RowBuffers& rows,
                 std::vector<uint8_t> stream, bool compact) {
-    std::vector<uint8_t> file(kShardHeader), index, used_tables = tables;
-    FrameHeader frame{}, tables_frame{};
-    tables_frame.type = kTablesFrame;
+    std::vector<uint8_t> file(kShardHeaderBytes), index, used_model = model;
+    FrameHeader frame{}, model_frame{};
+    model_frame.type = kModelFrame;
     frame.type = kRowsFrame;
     frame.codec = compact ? kCompact : kExact;
     frame.rows = uint32_t(rows.counts.size());
     frame.entries = uint32_t(rows.ids.size());
     frame.max_count = 20;
-    frame.tables_offset = kShardHeader;
+    frame.model_offset = kShardHeaderBytes;
     const auto part = below(4);
     if (part == 0) mutate(stream);
-    if (part == 1) mutate(used_tables);
+    if (part == 1) mutate(used_model);
     if (part == 2) {
         std::vector<uint8_t> bytes;
         store(bytes, frame);
         bytes[4 + below(40)] = uint8_t(rng());
         std::memcpy(&frame, bytes.data(), sizeof(frame));
     }
-    put_frame(file, tables_frame, used_tables);
+    put_frame(file, model_frame, used_model);
     const uint64_t block_at = file.size();
     put_frame(file, frame, stream);
     const uint64_t total = rows.counts.size();
@@ -142,13 +133,16 @@ void read_shard(const Layout& layout, const std::vector<uint8_t>& tables, const 
     file.insert(file.end(), index.begin(), index.end());
     store(file, crc32(index));
     file.resize(file.size() + 64);
-    const Shard shard(file, {total, 2, 1, index_at, index.size(), false}, layout);
+    Codecs codecs;
+    codecs[kExact] = std::make_unique<ExactCodec>(layout);
+    codecs[kCompact] = std::make_unique<CompactCodec>(layout);
+    const Shard shard(file, {total, 2, 1, index_at, index.size(), false}, std::move(codecs));
     std::vector<int32_t> ids(total * 8), counts(total);
     std::vector<float> logprobs(total * 8), statistics(3 * total);
     float* pointers[] = {statistics.data(), statistics.data() + total, statistics.data() + 2 * total};
-    shard.document_rows(0);
+    shard.index().document_rows(0);
     shard.max_count(0, total);
-    shard.check_index();
+    shard.index().check();
     shard.check_block(0);
     shard.check_frames();
     shard.read(0, total, {ids.data(), logprobs.data(), counts.data(), 8, pointers});
@@ -168,17 +162,18 @@ int main(int, char** arguments) {
         const uint32_t vocab_sizes[] = {1, 50, 300, 5000};
         const Layout layout{vocab_sizes[below(4)], uint32_t(below(3) ? 0 : 1 + below(60)),
                             kMinValueBits + int(below(kMaxValueBits - kMinValueBits + 1))};
-        const RowArrays rows = random_rows(layout, 1 + below(30));
-        check_rows(layout, rows.view());
+        const RowBuffers rows = random_rows(layout, 1 + below(30));
+        const Rows view{rows.counts, rows.ids, rows.logprobs};
+        check_rows(layout, view);
         std::vector<uint64_t> id_counts(layout.vocab_size);
         for (const int32_t id : rows.ids) ++id_counts[size_t(id)];
         const std::vector<uint8_t> payload =
-            Tables::train(layout, id_counts, rows.view(), 1 + below(200));
-        const Tables tables(payload, layout);
+            EntropyModel::train(layout, id_counts, view, 1 + below(200));
+        const EntropyModel model(payload, layout);
         const std::vector<uint8_t> compact =
-            encode_compact(tables, RankOfId(tables.ranks()), rows.view());
-        const std::vector<uint8_t> exact = encode_exact(rows.view());
-        decode(layout, &tables, compact, rows.counts.size(), rows.ids.size());
+            encode_compact(model, OrdinalOfId(model.order()), view);
+        const std::vector<uint8_t> exact = encode_exact(view);
+        decode(layout, &model, compact, rows.counts.size(), rows.ids.size());
         for (int variant = 0; variant < 200 && input < inputs; ++variant, ++input) {
             std::vector<uint8_t> bytes = variant % 8 == 0 ? exact : compact;
             size_t row_count = rows.counts.size(), entries = rows.ids.size();
@@ -186,7 +181,7 @@ int main(int, char** arguments) {
                 if (variant % 4 == 1) {
                     std::vector<uint8_t> bad = payload;
                     mutate(bad);
-                    const Tables hostile(bad, layout);
+                    const EntropyModel hostile(bad, layout);
                     decode(layout, &hostile, compact, row_count, entries);
                 } else if (variant % 4 == 2) {
                     read_shard(layout, payload, rows, compact, true);
@@ -194,7 +189,7 @@ int main(int, char** arguments) {
                     mutate(bytes);
                     if (below(4) == 0) entries = below(3 * entries + 2);
                     if (below(8) == 0) row_count = below(3 * row_count + 2);
-                    decode(layout, variant % 8 == 0 ? nullptr : &tables, bytes, row_count, entries);
+                    decode(layout, variant % 8 == 0 ? nullptr : &model, bytes, row_count, entries);
                 }
             } catch (const Corrupt&) {
                 ++refused;

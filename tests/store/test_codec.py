@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from independent_reader import Tables, read_store
 
-from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
 from megatron_pd.store.admin.verify import verify_store
 
 
@@ -183,8 +185,42 @@ def test_rows_of_several_kinds(tmp_path, rng):
     assert len(classes) == 2
 
 
+def with_checksums(data: bytearray, offset: int) -> bytes:
+    """A shard whose frame at `offset` was changed, its checksums made right again."""
+    size = int.from_bytes(data[offset + 12 : offset + 16], "little")
+    crc = zlib.crc32(data[offset + 48 : offset + 48 + size])
+    data[offset + 40 : offset + 44] = crc.to_bytes(4, "little")
+    data[offset + 44 : offset + 48] = zlib.crc32(data[offset : offset + 44]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def test_damage_is_named_with_what_was_expected(tmp_path, rng):
+    lengths = np.array([40])
+    with LogitStoreWriter(
+        tmp_path, vocab_size=50, document_lengths=lengths, metadata={}, codec="compact"
+    ) as writer:
+        writer.append(0, 0, top_rows(rng, 40, 50, 8))
+    shard = next(tmp_path.glob("*.shard"))
+    sound = shard.read_bytes()
+    model_at = 64
+    block_at = sound.index(b"PDBK\x02")
+    elsewhere = int(rng.choice([0, 63, 65, block_at, len(sound) - 70, 2**40]))
+    referencing = bytearray(sound)
+    referencing[block_at + 24 : block_at + 32] = elsewhere.to_bytes(8, "little")
+    zeros = bytearray(sound)
+    zeros[model_at + 48 + 8 : block_at] = bytes(block_at - model_at - 56)
+    for data, at, sentence in [
+        (referencing, block_at, f"it references byte {elsewhere}, which holds no entropy model"),
+        (zeros, model_at, "unary code exceeds its maximum"),
+    ]:
+        shard.write_bytes(with_checksums(data, at))
+        with pytest.raises(StoreError, match=f"the block at byte {block_at}: .*{sentence}"):
+            LogitStore(tmp_path).read(0)
+        assert sentence in verify_store(tmp_path)[0]
+
+
 def test_hostile_bytes_under_sanitizers(tmp_path):
-    """100,000 mutated tables, blocks and shards: errors, never a crash or an id out of range."""
+    """100,000 mutated entropy models, blocks and shards: errors, no crash, no id out of range."""
     here = Path(__file__).parent
     codec = here.parents[1] / "csrc" / "logit_codec"
     program = tmp_path / "fuzz_codec"

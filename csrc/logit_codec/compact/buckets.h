@@ -6,10 +6,12 @@
 
 #include <cstdint>
 
+#include "rows.h"
+
 namespace logit_codec {
 
 inline constexpr uint32_t kDirect = 64, kDirectLog2 = 6, kCutsLog2 = 3;
-inline constexpr uint32_t kMaxNumberLog2 = 24;
+inline constexpr uint32_t kMaxNumberLog2 = kMaxVocabSizeLog2;
 inline constexpr uint32_t kSymbols = kDirect + ((kMaxNumberLog2 - kDirectLog2) << kCutsLog2);
 
 struct Bucket {

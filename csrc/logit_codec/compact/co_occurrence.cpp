@@ -9,13 +9,13 @@ namespace {
 constexpr int kRounds = 8;
 constexpr float kPrior = 3000;  // numbers of all rows that every class is taken to have seen
 
-std::vector<uint32_t> count_by_class(const Company& company, const std::vector<uint8_t>& of_first,
+std::vector<uint32_t> count_by_class(const CoOccurrences& pairs, const std::vector<uint8_t>& of_first,
                                      uint32_t classes) {
-    std::vector<uint32_t> counts(size_t(classes) * company.numbers);
-    for (size_t first = 0; first < company.firsts(); ++first) {
-        uint32_t* count = counts.data() + size_t(of_first[first]) * company.numbers;
-        for (uint32_t i = company.begin[first]; i < company.begin[first + 1]; ++i)
-            ++count[company.others[i]];
+    std::vector<uint32_t> counts(size_t(classes) * pairs.numbers);
+    for (size_t first = 0; first < pairs.firsts(); ++first) {
+        uint32_t* count = counts.data() + size_t(of_first[first]) * pairs.numbers;
+        for (uint32_t i = pairs.begin[first]; i < pairs.begin[first + 1]; ++i)
+            ++count[pairs.others[i]];
     }
     return counts;
 }
@@ -40,25 +40,25 @@ std::vector<float> log_likelihoods(const std::vector<uint32_t>& counts, uint32_t
 
 }  // namespace
 
-Classes find_classes(const Company& company, uint32_t classes) {
-    std::vector<uint8_t> of_first(company.firsts());
+Classes find_classes(const CoOccurrences& pairs, uint32_t classes) {
+    std::vector<uint8_t> of_first(pairs.firsts());
     for (size_t first = 0; first < of_first.size(); ++first)
         of_first[first] = uint8_t(first % classes);
     std::vector<float> score(classes);
     for (int round = 0; round < kRounds; ++round) {
         const std::vector<float> logs = log_likelihoods(
-            count_by_class(company, of_first, classes), company.numbers, classes);
-        for (size_t first = 0; first < company.firsts(); ++first) {
+            count_by_class(pairs, of_first, classes), pairs.numbers, classes);
+        for (size_t first = 0; first < pairs.firsts(); ++first) {
             std::fill(score.begin(), score.end(), 0.0f);
-            for (uint32_t i = company.begin[first]; i < company.begin[first + 1]; ++i) {
-                const float* log = logs.data() + size_t(company.others[i]) * classes;
+            for (uint32_t i = pairs.begin[first]; i < pairs.begin[first + 1]; ++i) {
+                const float* log = logs.data() + size_t(pairs.others[i]) * classes;
                 for (uint32_t c = 0; c < classes; ++c) score[c] += log[c];
             }
             of_first[first] =
                 uint8_t(std::max_element(score.begin(), score.end()) - score.begin());
         }
     }
-    return {of_first, count_by_class(company, of_first, classes)};
+    return {of_first, count_by_class(pairs, of_first, classes)};
 }
 
 }  // namespace logit_codec

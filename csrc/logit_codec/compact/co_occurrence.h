@@ -1,4 +1,4 @@
-// Finds kinds of rows.
+// Which ids come together in rows, and the classes of rows that this makes.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace logit_codec {
 
-// Pairs (a row's first, another number of the row) by first.
-struct Company {
+// Pairs (a row's first number, another number of the row), by first.
+struct CoOccurrences {
     std::vector<uint32_t> begin;   // [firsts + 1], into `others`
     std::vector<uint32_t> others;  // each below `numbers`
     uint32_t numbers;
@@ -24,6 +24,6 @@ struct Classes {
 
 // Divides firsts into classes whose rows have different numbers: hard expectation-maximization of a
 // mixture of multinomials.
-Classes find_classes(const Company& company, uint32_t classes);
+Classes find_classes(const CoOccurrences& pairs, uint32_t classes);
 
 }  // namespace logit_codec

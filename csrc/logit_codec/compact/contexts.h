@@ -1,4 +1,4 @@
-// Which model a number is coded with.
+// Contexts: which model of the entropy model a number is coded with.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,9 @@ inline uint32_t end_of_place(int place, uint32_t count) {
 
 inline int new_id_context(int place) { return kNewIdContext + place; }
 
-inline int tied_id_context(uint32_t rank_before) { return kTiedIdContext + bit_width(rank_before); }
+inline int tied_id_context(uint32_t ordinal_before) {
+    return kTiedIdContext + bit_width(ordinal_before);
+}
 
 inline int count_context(uint32_t count_before) {
     return kCountContext + std::min(bit_width(count_before), kCountContexts - 1);
@@ -45,7 +47,7 @@ inline int first_value_context(uint32_t count) {
 
 inline int tail_context(int kind_of_guess) { return kTailContext + kind_of_guess; }
 
-// A kind is one of a grid's code, or of a number of draws.
+// A kind is one of a code, or of a number of draws.
 inline int next_value_context(int place, int kind_before) {
     return kNextValueContext + place * kValueKinds + kind_before;
 }

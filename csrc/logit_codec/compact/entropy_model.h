@@ -1,12 +1,11 @@
-// The tables that blocks of the `compact` codec are coded with: which id has which rank, and a
-// model for every context.  Trained on rows already seen, kept in the shard in a frame of their own.
+// What blocks of the `compact` codec are coded with: the vocabulary's order, and a model for every
+// context.  Trained on rows already seen, kept in the shard in a frame of its own.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <vector>
 
-#include "bytes.h"
 #include "compact/contexts.h"
 #include "compact/quantizer.h"
 #include "compact/rans.h"
@@ -15,19 +14,20 @@
 
 namespace logit_codec {
 
-class Tables {
+class EntropyModel {
    public:
-    Tables(Bytes payload, const Layout& layout);
+    // Throws Corrupt where the payload of a frame is no entropy model of this layout.
+    EntropyModel(Bytes payload, const Layout& layout);
 
-    // Payload of a tables frame.  id_counts: how often each id was seen so far; rows: a sample.
+    // The payload.  id_counts: how often each id was seen so far; sample: rows to fit.
     static std::vector<uint8_t> train(const Layout& layout, Span<const uint64_t> id_counts,
                                       const Rows& sample,
-                                      size_t entries_per_class = Ranks::kEntriesPerClass);
+                                      size_t entries_per_class = VocabularyOrder::kEntriesPerClass);
 
     const Layout& layout() const { return layout_; }
-    const Grid& grid() const { return grid_; }
-    const Ranks& ranks() const { return ranks_; }
-    const Model& model(int context) const { return models_[model_of_[context]]; }
+    const Quantizer& quantizer() const { return quantizer_; }
+    const VocabularyOrder& order() const { return order_; }
+    const ContextModel& model(int context) const { return models_[model_of_[context]]; }
 
     // For decoding, models have numbers.
     uint32_t model_of(int context) const { return model_of_[context]; }
@@ -39,17 +39,17 @@ class Tables {
     }
 
     size_t bytes() const {
-        return sizeof(*this) + ranks_.bytes() + 2 * value_models_.size() +
-               models_.size() * (sizeof(Model) + sizeof(DecodingModel));
+        return sizeof(*this) + order_.bytes() + 2 * value_models_.size() +
+               models_.size() * (sizeof(ContextModel) + sizeof(DecodingModel));
     }
 
    private:
-    Tables(BitReader in, uint32_t seen, const Layout& layout);
+    EntropyModel(BitReader in, uint32_t seen, const Layout& layout);
 
     Layout layout_;
-    const Grid& grid_;
-    Ranks ranks_;
-    std::vector<Model> models_;  // the first does for all contexts without one of their own
+    const Quantizer& quantizer_;
+    VocabularyOrder order_;
+    std::vector<ContextModel> models_;  // the first does for all contexts without one of their own
     std::array<uint16_t, kContexts> model_of_;
     std::vector<DecodingModel> decoding_;
     size_t values_before_;

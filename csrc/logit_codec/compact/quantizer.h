@@ -1,9 +1,9 @@
 // Probabilities as whole numbers.
 //
-// The code of a probability p is the nearest point of a grid of roots, sqrt(p).  In the root every
-// entry costs the same: an error of e in it costs about 2 e^2 nats, however likely the entry is, so
-// that even steps spend the fewest bits for a given divergence.  Below eight steps the grid becomes
-// finer with every octave, so that no probability is off by more than an eighth or so.
+// The code of a probability p is that of the nearest level, and levels are roots, sqrt(p).  In the
+// root every entry costs the same: an error of e in it costs about 2 e^2 nats, however likely the
+// entry is, so that even steps spend the fewest bits for a given divergence.  Below eight steps the
+// levels lie closer with every octave, so that no probability is off by more than an eighth or so.
 //
 // The tail (the mass of no entry) has a code like an entry, and the decoded probabilities are the
 // squares of all roots over their sum.  So decoded masses never exceed 1, and with w = root^2
@@ -26,30 +26,30 @@ namespace logit_codec {
 
 inline constexpr int kMinValueBits = 8, kMaxValueBits = 14;
 
-// Halves of the octaves of roots that a grid spans.
+// Halves of the octaves of roots that the levels span.
 inline constexpr int kValueKinds = 2 * 19;
 
-class Grid {
+class Quantizer {
    public:
-    // The grid of kMinValueBits <= bits <= kMaxValueBits, made once.
-    static const Grid& of(int bits) {
-        static const std::vector<Grid> grids = [] {
-            std::vector<Grid> made;
-            for (int b = kMinValueBits; b <= kMaxValueBits; ++b) made.push_back(Grid(b));
+    // The one of kMinValueBits <= bits <= kMaxValueBits, made once.
+    static const Quantizer& of(int bits) {
+        static const std::vector<Quantizer> quantizers = [] {
+            std::vector<Quantizer> made;
+            for (int b = kMinValueBits; b <= kMaxValueBits; ++b) made.push_back(Quantizer(b));
             return made;
         }();
-        return grids[size_t(bits - kMinValueBits)];
+        return quantizers[size_t(bits - kMinValueBits)];
     }
 
     // The code of probability 1, the largest.
-    uint32_t top() const { return top_; }
+    uint32_t max_code() const { return max_code_; }
 
     // Square of a code's root.  65,536 of them don't overflow.
     uint64_t weight(uint32_t code) const { return weight_[code]; }
 
     // The code of the tail that the weights of a row's entries suggest.
     uint32_t likely_tail(uint64_t weights) const {
-        const uint64_t rest = weight_[top_] - std::min(weights, weight_[top_]);
+        const uint64_t rest = weight_[max_code_] - std::min(weights, weight_[max_code_]);
         return code_below(uint32_t(std::sqrt(double(rest))));
     }
 
@@ -76,43 +76,43 @@ class Grid {
     int kind(uint32_t code) const {
         const uint32_t number = root(code);
         const int octave = log2_floor(number);
-        return 2 * (octave - kPointsLog2) + int(number >> (octave - 1) & 1);
+        return 2 * (octave - kLevelsLog2) + int(number >> (octave - 1) & 1);
     }
 
    private:
-    explicit Grid(int bits)
+    explicit Quantizer(int bits)
         : fine_octaves_(23 - bits),
-          top_((75u << (bits - 8)) + (uint32_t(fine_octaves_) - 1) * kPoints) {
-        for (uint32_t code = 0; code <= top_; ++code) {
+          max_code_((75u << (bits - 8)) + (uint32_t(fine_octaves_) - 1) * kLevels) {
+        for (uint32_t code = 0; code <= max_code_; ++code) {
             weight_.push_back(uint64_t(root(code)) * root(code));
             log_weight_.push_back(2 * std::log(double(root(code))));
         }
     }
 
-    // sqrt(p) in units of the finest step: kPoints in every octave, then all steps alike.
+    // sqrt(p) in units of the finest step: kLevels levels in every octave, then all steps alike.
     uint32_t root(uint32_t code) const {
-        const uint32_t octave = std::min(code / kPoints, uint32_t(fine_octaves_));
-        return (kPoints + code - octave * kPoints) << octave;
+        const uint32_t octave = std::min(code / kLevels, uint32_t(fine_octaves_));
+        return (kLevels + code - octave * kLevels) << octave;
     }
 
     // The largest code whose root is at most this one.
     uint32_t code_below(uint32_t root) const {
-        if (root < kPoints) return 0;
-        const int octave = std::min(log2_floor(root) - kPointsLog2, fine_octaves_);
-        return (root >> octave) - kPoints + uint32_t(octave) * kPoints;
+        if (root < kLevels) return 0;
+        const int octave = std::min(log2_floor(root) - kLevelsLog2, fine_octaves_);
+        return (root >> octave) - kLevels + uint32_t(octave) * kLevels;
     }
 
     uint32_t nearest(double share) const {
-        const double place = std::min(share, 1.0) * root(top_);
+        const double place = std::min(share, 1.0) * root(max_code_);
         const uint32_t below = code_below(uint32_t(place));
-        return below + (below < top_ && 2 * place > double(root(below)) + root(below + 1));
+        return below + (below < max_code_ && 2 * place > double(root(below)) + root(below + 1));
     }
 
-    static constexpr int kPointsLog2 = 3;
-    static constexpr uint32_t kPoints = 1u << kPointsLog2;
+    static constexpr int kLevelsLog2 = 3;
+    static constexpr uint32_t kLevels = 1u << kLevelsLog2;
 
     int fine_octaves_;
-    uint32_t top_;
+    uint32_t max_code_;
     std::vector<uint64_t> weight_;
     std::vector<double> log_weight_;
 };

@@ -10,29 +10,29 @@
 #include <numeric>
 #include <vector>
 
-#include "bytes.h"
+#include "bits.h"
 
 namespace logit_codec {
 
 inline constexpr uint32_t kFrequencyBits = 11, kTotal = 1u << kFrequencyBits;
 inline constexpr uint32_t kLowest = 1u << 16;  // states lie in [2^16, 2^32)
-inline constexpr uint32_t kEscape = 255;       // a symbol that the model lacks: 8 raw bits follow
-inline constexpr double kRare = 4 * kTotal;    // a model lacks what comes less than once in so many
+inline constexpr uint32_t kEscape = 255;       // a symbol that a context lacks: 8 raw bits follow
+inline constexpr double kRare = 4 * kTotal;    // a context lacks what comes less than once in so many
 
-// Frequencies of symbols, summing to kTotal.  The escape always has one.
-struct Model {
+// Frequencies of symbols in a context, summing to kTotal.  The escape always has one.
+struct ContextModel {
     std::array<uint16_t, 256> frequency{};
     std::array<uint16_t, 256> start{};
 
-    static Model fit(const std::array<double, 256>& counts);
+    static ContextModel fit(const std::array<double, 256>& counts);
     void place();
     bool has(uint32_t symbol) const { return frequency[symbol] != 0; }
 };
 
 // Rounds counts to frequencies of at least 1 by giving the largest what rounding leaves.  Rare
 // symbols are left to the escape, which is cheaper than a whole slot for each.
-inline Model Model::fit(const std::array<double, 256>& counts) {
-    Model model;
+inline ContextModel ContextModel::fit(const std::array<double, 256>& counts) {
+    ContextModel model;
     std::array<double, 256> wanted = counts;
     wanted[kEscape] += 1;
     const double total = std::accumulate(wanted.begin(), wanted.end(), 0.0);
@@ -58,21 +58,22 @@ inline Model Model::fit(const std::array<double, 256>& counts) {
     return model;
 }
 
-inline void Model::place() {
+inline void ContextModel::place() {
     uint32_t sum = 0;
     for (int s = 0; s < 256; ++s) {
         start[s] = uint16_t(sum);
         sum += frequency[s];
     }
-    if (sum != kTotal) throw Corrupt("a model's frequencies do not sum to 2048");
+    if (sum != kTotal)
+        refuse("a context's frequencies sum to ", sum, ", not to ", kTotal);
 }
 
-// A model as a decoder wants it; small, so that the models of the commonest contexts stay near.
+// The same as a decoder wants it; small, so that the models of the commonest contexts stay near.
 struct DecodingModel {
     std::array<uint8_t, kTotal> symbol;             // of each slot
     std::array<uint32_t, 256> start_and_frequency;  // of each symbol, in the low and the high half
 
-    explicit DecodingModel(const Model& model) {
+    explicit DecodingModel(const ContextModel& model) {
         uint8_t* slot = symbol.data();
         for (uint32_t s = 0; s < 256; ++s) {
             slot = std::fill_n(slot, model.frequency[s], uint8_t(s));
@@ -84,7 +85,7 @@ struct DecodingModel {
 // Symbols must be put in the reverse of the order in which they are read.
 class Encoder {
    public:
-    void put(int state, const Model& model, uint32_t symbol) {
+    void put(int state, const ContextModel& model, uint32_t symbol) {
         const uint32_t frequency = model.frequency[symbol];
         uint32_t& x = states_[state];
         if (x >= (uint64_t(frequency) << (32 - kFrequencyBits))) {
@@ -127,8 +128,12 @@ class Decoder {
     }
 
     void finish() const {
-        if (next_ != words_.size() || states_[0] != kLowest || states_[1] != kLowest)
-            throw Corrupt("the entropy-coded words do not end where the rows end");
+        if (next_ != words_.size())
+            refuse("its rows end at byte ", next_, " of the entropy-coded words, and there are ",
+                   words_.size(), " bytes of them");
+        if (states_[0] != kLowest || states_[1] != kLowest)
+            refuse("its rows end with the states ", states_[0], " and ", states_[1],
+                   " of the entropy coder; both must be ", kLowest);
     }
 
    private:

@@ -1,73 +1,74 @@
-// Which id has which rank.
+// The vocabulary in the order in which its ids are expected: an id becomes its ordinal.
 //
 // A row's first id says much about the others: after a likely verb come other verbs.  So first ids
-// are divided into classes, and a row's other ids have the ranks of its class: how many ids come
-// more often in such rows.  Classes differ in the commonest ids; behind those, ranks are the same
+// are divided into classes, and a row's other ids have the ordinals of its class: how many ids come
+// more often in such rows.  Classes differ in the commonest ids; behind those, ordinals are the same
 // for all, as they are for the first ids of rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "bytes.h"
+#include "bits.h"
 #include "rows.h"
 
 namespace logit_codec {
 
-class Ranks {
+class VocabularyOrder {
    public:
     // A class takes about two percent of the bytes of so many entries.
     static constexpr size_t kEntriesPerClass = 1 << 16;
 
     // id_counts: how often each id was seen so far; sample: rows to find classes in.
-    static Ranks train(Span<const uint64_t> id_counts, const Rows& sample,
-                       size_t entries_per_class = kEntriesPerClass);
+    static VocabularyOrder train(Span<const uint64_t> id_counts, const Rows& sample,
+                                 size_t entries_per_class = kEntriesPerClass);
 
-    // Throws Corrupt unless every id has one rank, in every class.
-    Ranks(BitReader& in, uint32_t vocab_size, uint32_t seen);
+    // Throws Corrupt unless every id has one ordinal, in every class.
+    VocabularyOrder(BitReader& in, uint32_t vocab_size, uint32_t seen);
     void put(BitWriter& out) const;
 
-    // Ids with ranks from here on were not seen when the ranks were made.
+    // Ids with ordinals from here on were not seen when the order was made.
     uint32_t seen() const { return seen_; }
     uint32_t vocab_size() const { return uint32_t(ids_.size()); }
-    uint32_t first_id(uint32_t rank) const { return ids_[rank]; }
+    uint32_t first_id(uint32_t ordinal) const { return ids_[ordinal]; }
 
-    // The class of a row whose first id has this rank.
-    uint32_t class_of(uint32_t rank) const { return class_of_[std::min(rank, common_)]; }
-    uint32_t id(uint32_t of_class, uint32_t rank) const {
-        return rank < common_ ? class_ids_[of_class * common_ + rank] : ids_[rank];
+    // The class of a row whose first id has this ordinal.
+    uint32_t class_of(uint32_t ordinal) const { return class_of_[std::min(ordinal, common_)]; }
+    uint32_t id(uint32_t of_class, uint32_t ordinal) const {
+        return ordinal < common_ ? class_ids_[of_class * common_ + ordinal] : ids_[ordinal];
     }
 
     size_t bytes() const { return 4 * (ids_.size() + class_ids_.size()); }
 
    private:
-    friend class RankOfId;
-    Ranks() = default;
-    void make_classes(Span<const uint32_t> rank_of_id, const Rows& sample, uint32_t classes);
+    friend class OrdinalOfId;
+    VocabularyOrder() = default;
+    void make_classes(Span<const uint32_t> ordinal_of_id, const Rows& sample, uint32_t classes);
 
     uint32_t seen_ = 0;
-    std::vector<uint32_t> ids_;  // by rank
-    uint32_t classes_ = 0;  // 0: all rows are alike
-    uint32_t common_ = 0;  // how many ranks depend on the class; 0 without classes
-    std::vector<uint8_t> class_of_{0};  // of the first ids of these ranks, then of all others
-    std::vector<uint32_t> class_ids_;   // by class and rank
+    std::vector<uint32_t> ids_;  // by ordinal
+    uint32_t classes_ = 0;       // 0: all rows are alike
+    uint32_t common_ = 0;        // how many ordinals depend on the class; 0 without classes
+    std::vector<uint8_t> class_of_{0};  // of the first ids of these ordinals, then of all others
+    std::vector<uint32_t> class_ids_;   // by class and ordinal
 };
 
 // The inverse, for encoders.
-class RankOfId {
+class OrdinalOfId {
    public:
-    explicit RankOfId(const Ranks& ranks);
+    explicit OrdinalOfId(const VocabularyOrder& order);
 
-    // The rank of a first id, and what becomes of it in a class.
-    uint32_t first(uint32_t id) const { return rank_[id]; }
-    uint32_t in_class(uint32_t of_class, uint32_t rank) const {
-        return rank < common_ ? class_rank_[of_class * common_ + rank] : rank;
+    // The ordinal of a first id, and what becomes of it in a class.
+    uint32_t first(uint32_t id) const { return ordinal_[id]; }
+    uint32_t in_class(uint32_t of_class, uint32_t ordinal) const {
+        return ordinal < common_ ? class_ordinal_[of_class * common_ + ordinal] : ordinal;
     }
 
    private:
     uint32_t common_;
-    std::vector<uint32_t> rank_;
-    std::vector<uint32_t> class_rank_;  // by class and rank among all rows
+    std::vector<uint32_t> ordinal_;
+    std::vector<uint32_t> class_ordinal_;  // by class and ordinal among all rows
 };
 
 }  // namespace logit_codec
