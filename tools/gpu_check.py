@@ -22,21 +22,20 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.common import describe_machine, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT_S = 8 * 60
-MEBIBYTE = 2**20
 
 
 @dataclass
@@ -203,23 +202,6 @@ class Runner:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def describe_machine(device: str) -> dict[str, str]:
-    machine = {"torch": torch.__version__, "Python": platform.python_version()}
-    if device == "cpu":
-        return {
-            "device": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
-            "note": "not run on a GPU, so nothing here is about the CUDA kernels",
-            **machine,
-        }
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
-        f"{properties.total_memory // MEBIBYTE} MiB",
-        "CUDA": str(torch.version.cuda),
-        **machine,
-    }
-
-
 def write_report(folder: Path, machine: dict[str, str], stages: list[Stage]) -> None:
     report = {"machine": machine, "stages": [asdict(stage) for stage in stages]}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -230,7 +212,7 @@ def markdown(machine: dict[str, str], stages: list[Stage]) -> Iterator[str]:
     yield "# Check of the kernels\n"
     yield from (f"- {name}: {value}" for name, value in machine.items())
     yield ""
-    yield from table(
+    yield from markdown_table(
         ["stage", "outcome", "seconds", ""],
         ([s.name, s.outcome, f"{s.seconds:.0f}", s.note] for s in stages),
     )
@@ -255,7 +237,7 @@ def loss_section(shapes: list[dict[str, Any]]) -> Iterator[str]:
             f"written. Operators alone: forward {forward:.3f} ms ({shares[0]:.0%} of the copy "
             f"bandwidth), backward {backward:.3f} ms ({shares[1]:.0%}).\n"
         )
-        yield from table(
+        yield from markdown_table(
             ["", "K", "forward ms", "backward ms", "both ms", "peak with the logits, GB"],
             (
                 [
@@ -278,7 +260,7 @@ def gpt_section(report: dict[str, Any]) -> Iterator[str]:
         f"{options['hidden_size']}, vocabulary {options['vocab_size']}, {report['tokens']} tokens, "
         f"K = {options['k']}, bf16\n"
     )
-    yield from table(
+    yield from markdown_table(
         ["", "forward ms", "backward ms", "step ms", "tokens/s", "peak beyond the state, GB"],
         (
             [
@@ -292,12 +274,6 @@ def gpt_section(report: dict[str, Any]) -> Iterator[str]:
             for row in report["contenders"]
         ),
     )
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

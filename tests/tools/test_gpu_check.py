@@ -59,3 +59,12 @@ def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
     done = run_check("--output", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "torch sees no GPU" in done.stderr and "--device cpu" in done.stderr
+
+
+def test_it_starts_where_megatron_pd_is_not_installed() -> None:
+    code = "import sys; sys.path.insert(0, 'tools'); import gpu_check; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "benchmarks" in loaded and not loaded & {"megatron_pd", "megatron"}

@@ -9,29 +9,37 @@ on one device, with random tokens and random teacher rows that lie there already
 in the loss alone. Transformer Engine's layers are used where it is installed, Megatron's local ones
 otherwise. Megatron's cached-logits loss is its own code, StudentLogitsCapture and topk_kl_div, on
 the same rows instead of on its files. The three distilled losses are compared before anything is
-timed; the fastest of the repeats counts.
+timed. Contenders take turns, and the fastest of the repeats counts; --json has minimum, median and
+maximum of every time.
 """
 
 import argparse
+import functools
 import itertools
-import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from bench_loss import now, peak_memory, random_teacher
+from bench_loss import random_teacher
+from common import (
+    Clock,
+    Report,
+    Spread,
+    alternate,
+    megatron_on,
+    parse,
+    parser,
+    peak_memory,
+    spreads,
+)
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import mix
 from megatron_pd.distill.targets import TeacherTargets
-from megatron_pd.errors import reporting_errors
 from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
 
@@ -64,17 +72,19 @@ class Batch:
 
 @dataclass
 class Measurement:
-    forward_ms: float
-    backward_ms: float
-    optimizer_ms: float
+    times_ms: dict[str, Spread]
+    """Of a step's parts: `forward_ms`, `backward_ms`, `optimizer_ms`."""
+
     peak_bytes: int
-    """Most memory in use during the step beyond parameters, gradients and optimizer state."""
+    """Most memory in use during a step beyond parameters, gradients and optimizer state."""
 
     loss: float
+    """At the last step."""
 
-    @property
-    def step_ms(self) -> float:
-        return self.forward_ms + self.backward_ms + self.optimizer_ms
+    def fastest_ms(self) -> dict[str, float]:
+        """Of each part by itself, and `step_ms`, their sum."""
+        parts = {name: times.min for name, times in self.times_ms.items()}
+        return {"step_ms": sum(parts.values()), **parts}
 
 
 class Trainer:
@@ -109,32 +119,45 @@ class Trainer:
         adam = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16)
         self.optimizer = get_megatron_optimizer(adam, [self.model])
         self.finalize_grads = lambda: finalize_model_grads([self.model])
-        self.device = torch.device(options.device)
+        self.device = options.device
+        self.clock = Clock(options.device)
 
-    def step(self, loss_of: Callable[[], Tensor]) -> tuple[float, float, float, float]:
+    def step(self, loss_of: Callable[[], Tensor]) -> dict[str, float]:
         """Milliseconds forward, backward and of the optimizer, and the loss."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        times = [now(self.device)]
+        times = [self.clock()]
         loss = loss_of()
-        times.append(now(self.device))
+        times.append(self.clock())
         loss.backward()
-        times.append(now(self.device))
+        times.append(self.clock())
         self.finalize_grads()
         self.optimizer.step()
-        times.append(now(self.device))
-        forward, backward, optimizer = (
-            (end - start) * 1e3 for start, end in itertools.pairwise(times)
-        )
-        return forward, backward, optimizer, loss.item()
+        times.append(self.clock())
+        forward, backward, optimizer = (end - start for start, end in itertools.pairwise(times))
+        return {
+            "forward_ms": forward,
+            "backward_ms": backward,
+            "optimizer_ms": optimizer,
+            "loss": loss.item(),
+        }
 
-    def measure(self, loss_of: Callable[[], Tensor], repeats: int) -> Measurement:
-        self.step(loss_of)  # warms up
-        runs = [self.step(loss_of) for _ in range(repeats)]
-        with peak_memory(self.device) as peak:
-            self.step(loss_of)
-        forward, backward, optimizer, _ = (min(times) for times in zip(*runs, strict=True))
-        return Measurement(forward, backward, optimizer, peak[0], runs[-1][3])
+    def measure(
+        self, losses: dict[str, Callable[[], Tensor]], repeats: int
+    ) -> dict[str, Measurement]:
+        """Times of `repeats` steps with each loss, for which all take turns, and the memory of one
+        more."""
+        runs = {name: functools.partial(self.step, loss_of) for name, loss_of in losses.items()}
+        for warm_up in runs.values():
+            warm_up()
+        times = alternate(runs, repeats)
+        results = {}
+        for name, run in runs.items():
+            with peak_memory(self.device) as peak:
+                run()
+            loss = times[name].pop("loss").values[-1]
+            results[name] = Measurement(times[name], peak[0], loss)
+        return results
 
 
 def transformer_config(options: argparse.Namespace) -> Any:
@@ -243,67 +266,72 @@ def assert_same_losses(steps: dict[str, Callable[[], Tensor]]) -> None:
         raise SystemExit(f"error: these losses should be one: {losses}.")
 
 
+QUICK = dict(
+    device="cpu", layers=1, hidden_size=128, vocab_size=8000, seq_length=128, micro_batch_size=2
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=151_552)
-    parser.add_argument("--seq-length", type=int, default=4096)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--k", type=int, default=50, help="teacher entries a token")
-    parser.add_argument("--chunk-tokens", type=int, help="default: a quarter of the micro-batch")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
-    options = parser.parse_args()
+    arguments = parser(__doc__, repeats=5, device="cuda")
+    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--hidden-size", type=int, default=2048)
+    arguments.add_argument("--vocab-size", type=int, default=151_552)
+    arguments.add_argument("--seq-length", type=int, default=4096)
+    arguments.add_argument("--micro-batch-size", type=int, default=2)
+    arguments.add_argument("--k", type=int, default=50, help="teacher entries a token")
+    arguments.add_argument("--chunk-tokens", type=int, help="default: a quarter of the micro-batch")
+    options = parse(arguments, QUICK)
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    os.environ["MEGATRON_PD_DEVICE"] = options.device
-    with reporting_errors():
-        cpu.install()
-    backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    report = compare(options)
-    dist.destroy_process_group()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = Report()
+    with megatron_on(options.device):
+        figures = compare(options, report)
+    report.save(options, figures)
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
+def compare(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     """Print the table and return what it says."""
     trainer, batch = Trainer(options), Batch.random(options)
     tokens = batch.tokens_BS.numel()
     chunk = options.chunk_tokens or tokens // 4
     logits_bytes = 2 * tokens * options.vocab_size
-    print(
+    report.line(
         f"\nGPT of {options.layers} layers, hidden {options.hidden_size}, vocabulary "
         f"{options.vocab_size}, {tokens} tokens, K = {options.k}, bf16, {options.device}: "
         f"logits {logits_bytes / 1e6:.0f} MB"
     )
-    print(f"{'':32}{'forward':>11}{'backward':>11}{'optimizer':>11}{'step':>11}{'peak':>12}")
-    steps = contenders(trainer, batch, chunk)
-    assert_same_losses({name: loss for name, loss in steps.items() if "LM" not in name})
-    results = {}
-    for name, loss_of in steps.items():
-        result = results[name] = trainer.measure(loss_of, options.repeats)
-        print(
-            f"{name:32}{result.forward_ms:8.1f} ms{result.backward_ms:8.1f} ms"
-            f"{result.optimizer_ms:8.1f} ms{result.step_ms:8.1f} ms"
-            f"{result.peak_bytes / 1e6:9.0f} MB",
-            flush=True,
-        )
-    lm = results["LM only"].step_ms
+    report.line(f"{'':32}{'forward':>11}{'backward':>11}{'optimizer':>11}{'step':>11}{'peak':>12}")
+    losses = contenders(trainer, batch, chunk)
+    assert_same_losses({name: loss_of for name, loss_of in losses.items() if "LM" not in name})
+    results = trainer.measure(losses, options.repeats)
+    times = {name: result.fastest_ms() for name, result in results.items()}
+    for name, result in results.items():
+        parts = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms")
+        cells = "".join(f"{times[name][part]:8.1f} ms" for part in parts)
+        report.line(f"{name:32}{cells}{result.peak_bytes / 1e6:9.0f} MB")
+    lm = times["LM only"]["step_ms"]
     for name in ("megatron_pd", "Megatron cached logits"):
-        print(f"{name}: {results[name].step_ms / lm - 1:+.1%} over the LM-only step.")
+        report.line(f"{name}: {times[name]['step_ms'] / lm - 1:+.1%} over the LM-only step.")
+    settings = {
+        name: str(value)
+        for name, value in vars(options).items()
+        if name not in ("json", "output", "quick")
+    }
     return {
         "tokens": tokens,
         "logits_bytes": logits_bytes,
-        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
+        "options": settings,
         "contenders": [
-            dict(name=name, step_ms=result.step_ms, **vars(result))
+            dict(
+                name=name,
+                **times[name],
+                peak_bytes=result.peak_bytes,
+                loss=result.loss,
+                min_median_max=spreads(result.times_ms),
+            )
             for name, result in results.items()
         ],
     }

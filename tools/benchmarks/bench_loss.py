@@ -13,32 +13,37 @@ Floors: forward has to read the logits once, backward has to read them and write
 rows called "floor" are what torch takes for just that on the same memory: its maximum, and its
 negation in place. "Operators alone" are the two kernels without the [T, K] arithmetic and Python
 around them, and the share of the machine's copy bandwidth that they reach. docs/engine.md has the
-floors in bytes and in operations.
+floors in bytes and in operations. --json has minimum, median and maximum of every time.
 """
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import importlib
-import json
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import (
+    Clock,
+    Report,
+    Spread,
+    alternate,
+    fastest,
+    megatron_on,
+    parse,
+    parser,
+    peak_memory,
+    spreads,
+)
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets, top_p_k
-from megatron_pd.errors import reporting_errors
-from megatron_pd.megatron import cpu
 from megatron_pd.ops import sparse_log_softmax
 from megatron_pd.ops.library import operators
 
@@ -63,7 +68,7 @@ class Problem:
         return self.teacher_SBK.ids.shape[-1]
 
     def first_columns(self, k: int) -> "Problem":
-        """The same logits with the likeliest k of each teacher row."""
+        """The same logits with the top k of each teacher row."""
         teacher = self.teacher_SBK
         ids, logprobs = (rows[..., :k].contiguous() for rows in (teacher.ids, teacher.logprobs))
         counts = torch.full_like(teacher.counts, k)
@@ -86,7 +91,7 @@ class Problem:
 def random_teacher(
     shape: tuple[int, int], vocab_size: int, k: int, device: str, generator: torch.Generator
 ) -> TeacherTargets:
-    """The k likeliest of a peaked distribution over 256 ids that are spread evenly, [*shape, k]."""
+    """The top k of a peaked distribution over 256 ids that are spread evenly, [*shape, k]."""
     width = min(max(256, k), vocab_size)
     head = torch.empty(*shape, width, device=device).normal_(std=3.0, generator=generator)
     kept = top_p_k(head, top_k=max(1, k))
@@ -192,12 +197,21 @@ def contenders() -> dict[str, Contender]:
 
 @dataclass
 class Measurement:
-    forward_ms: float
-    backward_ms: float
+    times_ms: dict[str, Spread]
+    """Of the forward and the backward pass: `forward_ms`, `backward_ms`."""
+
     peak_bytes: int
-    """Most memory in use during the run beyond what was there before it: the logits and teacher."""
+    """Most memory in use during a run beyond what was there before it: the logits and teacher."""
 
     loss: float
+
+    @property
+    def forward_ms(self) -> float:
+        return self.times_ms["forward_ms"].min
+
+    @property
+    def backward_ms(self) -> float:
+        return self.times_ms["backward_ms"].min
 
     @property
     def both_ms(self) -> float:
@@ -207,25 +221,19 @@ class Measurement:
 Key = tuple[str, int]
 """A contender's name and K."""
 
-Run = tuple[float, float, float]
-"""Milliseconds forward and backward, and the loss."""
+Run = Callable[[], dict[str, float]]
+"""Measures once: `forward_ms`, `backward_ms` and the loss."""
 
 
-def measure(
-    runs: dict[Key, Callable[[], Run]], device: torch.device, repeats: int
-) -> dict[Key, Measurement]:
-    """Fastest forward and backward of `repeats` runs, for which all take turns, and the memory of
-    one more."""
-    times: dict[Key, list[Run]] = {key: [] for key in runs}
-    for _ in range(repeats):
-        for key, run in runs.items():
-            times[key].append(run())
+def measure(runs: dict[Key, Run], device: str, repeats: int) -> dict[Key, Measurement]:
+    """The times of `repeats` runs, for which all take turns, and the memory of one more."""
+    times = alternate(runs, repeats)
     results = {}
     for key, run in runs.items():
         with peak_memory(device) as peak:
-            _, _, loss = run()
-        forward, backward, _ = (min(values) for values in zip(*times[key], strict=True))
-        results[key] = Measurement(forward, backward, peak[0], loss)
+            run()
+        loss = times[key].pop("loss").min
+        results[key] = Measurement(times[key], peak[0], loss)
     return results
 
 
@@ -242,66 +250,35 @@ def _forward(contender: Contender, problem: Problem, gradients: list[Tensor]) ->
     return contender(_OutputLayer.apply(trigger, problem.logits_SBV, gradients), problem)
 
 
-def _run(contender: Contender, problem: Problem) -> Run:
+def _run(contender: Contender, problem: Problem, clock: Clock) -> dict[str, float]:
     problem.logits_SBV.copy_(problem.pristine_SBV)
     gradients: list[Tensor] = []
-    start = now(problem.logits_SBV.device)
+    start = clock()
     loss = _forward(contender, problem, gradients)
-    middle = now(problem.logits_SBV.device)
+    middle = clock()
     loss.backward()
-    end = now(problem.logits_SBV.device)
-    return (middle - start) * 1e3, (end - middle) * 1e3, loss.item()
+    return {
+        "forward_ms": middle - start,
+        "backward_ms": clock() - middle,
+        "loss": loss.item(),
+    }
 
 
-clock: Callable[[], float] = time.perf_counter
-"""Seconds; `--cpu-time` makes them the CPU seconds of this process."""
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock()
-
-
-@contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """The block's highest memory use above that at its start, as the one item of the list."""
-    peak: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated(device) - before)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide new use
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")  # the kernel's high-water mark starts again from here
-        before = _status_bytes("VmRSS")
-        yield peak
-        peak.append(max(0, _status_bytes("VmHWM") - before))
-
-
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def floors_ms(problem: Problem, repeats: int) -> tuple[float, float]:
+def floors_ms(problem: Problem, clock: Clock, repeats: int) -> tuple[float, float]:
     """Milliseconds of one read of the logits, and of one read and write in place."""
     words = problem.logits_SBV.view(torch.int16).flatten()
     words = words[: words.numel() // 2 * 2].view(torch.float32)
     words.fill_(1.0)
-    return _best_ms(words.amax, words.device, repeats), _best_ms(words.neg_, words.device, repeats)
+    return fastest(words.amax, clock, repeats), fastest(words.neg_, clock, repeats)
 
 
-def copy_bandwidth(problem: Problem, repeats: int) -> float:
+def copy_bandwidth(problem: Problem, clock: Clock, repeats: int) -> float:
     """Bytes per second, read and written, of a copy of the logits."""
     copy = lambda: problem.logits_SBV.copy_(problem.pristine_SBV)
-    return 2e3 * problem.logits_SBV.nbytes / _best_ms(copy, problem.logits_SBV.device, repeats)
+    return 2e3 * problem.logits_SBV.nbytes / fastest(copy, clock, repeats)
 
 
-def operators_ms(problem: Problem, repeats: int) -> tuple[float, float]:
+def operators_ms(problem: Problem, clock: Clock, repeats: int) -> tuple[float, float]:
     """Milliseconds of the forward and the in-place backward operator by themselves."""
     logits_SBV = problem.logits_SBV.copy_(problem.pristine_SBV)
     labels_SB1 = problem.labels_SB.unsqueeze(-1).int()
@@ -314,17 +291,7 @@ def operators_ms(problem: Problem, repeats: int) -> tuple[float, float]:
     backward = lambda: operators.sparse_log_softmax_backward_(
         logits_SBV, *shared, *statistics, *gradients, *shard
     )
-    device = logits_SBV.device
-    return _best_ms(forward, device, repeats), _best_ms(backward, device, repeats)
-
-
-def _best_ms(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    milliseconds = []
-    for _ in range(repeats):
-        start = now(device)
-        action()
-        milliseconds.append((now(device) - start) * 1e3)
-    return min(milliseconds)
+    return fastest(forward, clock, repeats), fastest(backward, clock, repeats)
 
 
 def assert_same(problem: Problem, contenders: dict[str, Contender]) -> None:
@@ -340,97 +307,101 @@ def assert_same(problem: Problem, contenders: dict[str, Contender]) -> None:
             )
 
 
+QUICK = dict(rows=64, vocab_size=[32_000], dtypes=["bf16"], repeats=5)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rows", type=int, default=512, help="tokens (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, nargs="+", default=[151_552])
-    parser.add_argument("--k", type=int, nargs="+", default=[50], help="teacher entries a token")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument(
+    arguments = parser(__doc__, repeats=9, device="cpu")
+    arguments.set_defaults(threads=2)
+    arguments.add_argument("--rows", type=int, default=512, help="tokens (default: %(default)s)")
+    arguments.add_argument("--vocab-size", type=int, nargs="+", default=[151_552])
+    arguments.add_argument("--k", type=int, nargs="+", default=[50], help="teacher entries a token")
+    arguments.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    arguments.add_argument(
         "--cpu-time",
         action="store_true",
         help="CPU seconds instead of the clock's, for a machine that others use (--threads 1)",
     )
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--ours-alone", action="store_true", help="without the peers")
-    parser.add_argument("--json", type=Path, help="write what is printed to this file as well")
-    options = parser.parse_args()
+    arguments.add_argument("--ours-alone", action="store_true", help="without the peers")
+    options = parse(arguments, QUICK)
 
-    if options.cpu_time:
-        global clock
-        clock = time.process_time
     warnings.filterwarnings("ignore", module="megatron")
     torch.set_num_threads(options.threads)
-    os.environ["MEGATRON_PD_DEVICE"] = options.device
-    with reporting_errors():
-        cpu.install()
-    backend = "gloo" if options.device == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    losses = {"megatron_pd": megatron_pd_loss} if options.ours_alone else contenders()
-    report = [
-        compare(vocab_size, dtype, losses, options)
-        for vocab_size in options.vocab_size
-        for dtype in options.dtypes
-    ]
-    dist.destroy_process_group()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+    report = Report()
+    with megatron_on(options.device):
+        losses = {"megatron_pd": megatron_pd_loss} if options.ours_alone else contenders()
+        figures = [
+            compare(vocab_size, dtype, losses, options, report)
+            for vocab_size in options.vocab_size
+            for dtype in options.dtypes
+        ]
+    report.save(options, figures)
 
 
 def compare(
-    vocab_size: int, dtype: str, losses: dict[str, Contender], options: argparse.Namespace
+    vocab_size: int,
+    dtype: str,
+    losses: dict[str, Contender],
+    options: argparse.Namespace,
+    report: Report,
 ) -> dict[str, Any]:
     """Print the table of one shape and dtype, and return what it says."""
     counts = sorted({0, *options.k})
     rows, repeats = options.rows, options.repeats
+    clock = Clock(options.device, time.process_time if options.cpu_time else time.perf_counter)
     problem = Problem.random(rows, vocab_size, counts[-1], DTYPES[dtype], options.device)
     size = problem.logits_SBV.nbytes
     where = f"{options.threads} threads" if options.device == "cpu" else options.device
     if options.cpu_time:
         where += ", CPU time"
-    print(f"\n{dtype}, {rows} rows × {vocab_size}, {where}: logits {size / 1e6:.0f} MB")
-    print(f"{'':24}{'K':>4}{'forward':>11}{'backward':>11}{'both':>11}{'extra peak':>14}")
-    report: dict[str, Any] = dict(dtype=dtype, rows=rows, vocab_size=vocab_size, logits_bytes=size)
+    report.line(f"\n{dtype}, {rows} rows × {vocab_size}, {where}: logits {size / 1e6:.0f} MB")
+    report.line(f"{'':24}{'K':>4}{'forward':>11}{'backward':>11}{'both':>11}{'extra peak':>14}")
+    figures: dict[str, Any] = dict(dtype=dtype, rows=rows, vocab_size=vocab_size, logits_bytes=size)
 
     def line(name: str, k: int, forward: float, backward: float, note: str = "") -> None:
         both = forward + backward
-        print(f"{name:24}{k:4}{forward:8.1f} ms{backward:8.1f} ms{both:8.1f} ms{note}", flush=True)
+        report.line(f"{name:24}{k:4}{forward:8.1f} ms{backward:8.1f} ms{both:8.1f} ms{note}")
 
-    read, write = report["floors_ms"] = floors_ms(problem, repeats)
-    bandwidth = report["copy_bytes_per_second"] = copy_bandwidth(problem, repeats)
+    read, write = figures["floors_ms"] = floors_ms(problem, clock, repeats)
+    bandwidth = figures["copy_bytes_per_second"] = copy_bandwidth(problem, clock, repeats)
     line("floor", counts[-1], read, write, f"   copy {bandwidth / 1e9:.1f} GB/s")
-    times = report["operators_ms"] = operators_ms(problem, repeats)
+    times = figures["operators_ms"] = operators_ms(problem, clock, repeats)
     shares = [
         1e3 * passes * size / ms / bandwidth for passes, ms in zip((1, 2), times, strict=True)
     ]
-    report["operators_share_of_copy_bandwidth"] = shares
+    figures["operators_share_of_copy_bandwidth"] = shares
     line("operators alone", counts[-1], *times, f"   {shares[0]:.0%}, {shares[1]:.0%} of copy")
 
-    runs: dict[Key, Callable[[], Run]] = {}
+    runs: dict[Key, Run] = {}
     for k in counts:
-        columns = problem.first_columns(k)
-        assert_same(columns, losses)
+        cut = problem.first_columns(k)
+        assert_same(cut, losses)
         for name, loss in losses.items():
-            runs[name, k] = functools.partial(_run, loss, columns)
-    results = measure(runs, problem.logits_SBV.device, repeats)
+            runs[name, k] = functools.partial(_run, loss, cut, clock)
+    results = measure(runs, options.device, repeats)
     for (name, k), result in results.items():
         peak = f"{result.peak_bytes / size:12.1%}"
         line(name, k, result.forward_ms, result.backward_ms, peak)
-    report["contenders"] = [
-        dict(name=name, k=k, **vars(result)) for (name, k), result in results.items()
+    figures["contenders"] = [
+        dict(
+            name=name,
+            k=k,
+            forward_ms=result.forward_ms,
+            backward_ms=result.backward_ms,
+            peak_bytes=result.peak_bytes,
+            loss=result.loss,
+            min_median_max=spreads(result.times_ms),
+        )
+        for (name, k), result in results.items()
     ]
     lm = results["megatron_pd", 0].both_ms
     for k in counts[1:]:
         ours, peer = results["megatron_pd", k], results.get(("Megatron", k))
         if peer:
             ratio = peer.both_ms / ours.both_ms
-            print(f"K = {k}: megatron_pd is {ratio:.1f} times as fast as Megatron.")
-        print(f"K = {k}: costs {ours.both_ms / lm - 1:+.1%} over K = 0.")
-    return report
+            report.line(f"K = {k}: megatron_pd is {ratio:.1f} times as fast as Megatron.")
+        report.line(f"K = {k}: costs {ours.both_ms / lm - 1:+.1%} over K = 0.")
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The logit store in figures, beside Megatron's own cached logits and zstd, in one run.
 
-    python tools/benchmarks/bench_store.py --cache /tmp/teachers --output docs/store-benchmark.md
+    python tools/benchmarks/bench_store.py --cache teachers --output docs/store-benchmark.md
+    python tools/benchmarks/bench_store.py --quick     # one small teacher
 
 Teachers are interpolated 4-gram models of the standard library's sources (ngram_teacher.py) with
 byte-level vocabularies of 8,000, 32,000 and 160,000 pieces; the rows are those of held-out
@@ -22,13 +23,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import zstandard
+from common import (
+    Report,
+    alternate,
+    command_line,
+    fastest,
+    markdown_table,
+    parse,
+    parser,
+    processor,
+)
+from ngram_teacher import NgramTeacher, library_documents, train_tokenizer
 from tqdm import tqdm
 
 from megatron_pd.megatron import cpu
@@ -36,15 +51,9 @@ from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
 from megatron_pd.store.format import Footer, Manifest, ShardHeader, shard_name
 from megatron_pd.store.writer import BLOCK_ROWS
 
-cpu.install()  # before Megatron is imported
-
-from megatron.training.distillation import logits_saver  # noqa: E402
-from ngram_teacher import NgramTeacher, library_documents, train_tokenizer  # noqa: E402
-
 TOP_P, TOP_K, DRAWS = 0.95, 50, 50
 WINDOW = 4096
 MICRO_BATCHES = 16  # of WINDOW tokens, in one iteration of Megatron's
-REPEATS = 5
 
 
 @dataclass
@@ -64,12 +73,13 @@ class Rows:
 
 
 def make_teacher(
-    vocab_size: int, tokens: int, adaptation: float, cache: Path | None
+    vocab_size: int, tokens: int, documents: int | None, adaptation: float, cache: Path | None
 ) -> tuple[Rows, Rows]:
     """About `tokens` top rows, and a third as many sampled ones."""
-    file = None if cache is None else cache / f"ngram-{vocab_size}-{tokens}-{adaptation:g}.npz"
+    name = f"ngram-{vocab_size}-{tokens}-{adaptation:g}{f'-{documents}' if documents else ''}.npz"
+    file = None if cache is None else cache / name
     if file is None or not file.exists():
-        arrays = _run_teacher(vocab_size, tokens, adaptation)
+        arrays = _run_teacher(vocab_size, tokens, documents, adaptation)
         if file is None:
             return _rows_of(arrays, "top"), _rows_of(arrays, "sampled")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -99,16 +109,18 @@ def _rows_of(arrays: dict[str, np.ndarray], kind: str) -> Rows:
     return Rows(int(arrays["vocab_size"]), arrays[f"{kind}_lengths"], rows)
 
 
-def _run_teacher(vocab_size: int, tokens: int, adaptation: float) -> dict[str, np.ndarray]:
+def _run_teacher(
+    vocab_size: int, tokens: int, documents: int | None, adaptation: float
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    texts = library_documents()
+    texts = library_documents(documents)
     print(f"training a tokenizer of {vocab_size:,} pieces on {len(texts):,} files", flush=True)
     tokenizer = train_tokenizer(texts, vocab_size)
-    documents = [np.array(e.ids, np.int64) for e in tokenizer.encode_batch(texts)]
-    order = rng.permutation(len(documents))
+    encoded = [np.array(e.ids, np.int64) for e in tokenizer.encode_batch(texts)]
+    order = rng.permutation(len(encoded))
     held_out, seen = order[: len(order) // 10], order[len(order) // 10 :]
     vocab_size = tokenizer.get_vocab_size()
-    training = [documents[i] for i in seen if len(documents[i]) > 4]
+    training = [encoded[i] for i in seen if len(encoded[i]) > 4]
     teacher = NgramTeacher(training, vocab_size, adaptation)
     arrays: dict[str, np.ndarray] = {"vocab_size": np.array(vocab_size)}
     makers: dict[str, tuple[int, Callable[[np.ndarray], TeacherRows]]] = {
@@ -119,8 +131,8 @@ def _run_teacher(vocab_size: int, tokens: int, adaptation: float) -> dict[str, n
         parts: list[TeacherRows] = []
         with tqdm(total=wanted, desc=f"{kind} rows", unit=" tokens") as bar:
             for i in held_out:
-                if bar.n < wanted and len(documents[i]) <= 20_000:
-                    parts.append(rows_of(documents[i]))
+                if bar.n < wanted and len(encoded[i]) <= 20_000:
+                    parts.append(rows_of(encoded[i]))
                     bar.update(len(parts[-1]))
         rows = TeacherRows.concatenate(parts)
         arrays |= {f"{kind}_{name}": getattr(rows, name) for name in ("ids", "logprobs", "counts")}
@@ -168,37 +180,41 @@ def decoded(store: LogitStore, data: Rows) -> TeacherRows:
     return TeacherRows(*out)
 
 
-def decode_seconds(store: LogitStore, data: Rows) -> float:
+def decode_seconds(store: LogitStore, data: Rows, repeats: int) -> float:
     """CPU seconds to decode everything into padded buffers, window by window."""
     out = buffers(WINDOW, TOP_K)
     spans = [
         window_spans(data.lengths, first, WINDOW)
         for first in range(0, len(data.rows) - WINDOW + 1, WINDOW)
     ]
-    best = float("inf")
-    for _ in range(REPEATS):
-        begin = time.thread_time()
+
+    def decode() -> None:
         for span in spans:
             store.gather(span, *out)
-        best = min(best, time.thread_time() - begin)
+
+    best = fastest(decode, time.thread_time, repeats)
     return best * len(data.rows) / (len(spans) * WINDOW)
 
 
-def window_milliseconds(store: LogitStore, data: Rows, windows: int = 200) -> tuple[float, float]:
+def window_milliseconds(
+    store: LogitStore, data: Rows, repeats: int, windows: int = 200
+) -> tuple[float, float]:
     """Warm random windows, each one's best of the repeats: median of wall-clock and of CPU time."""
     rng = np.random.default_rng()
     out = buffers(WINDOW, TOP_K)
-    wall, cpu = [], []
+
+    def run() -> dict[str, float]:
+        wall, thread = time.perf_counter(), time.thread_time()
+        store.gather(spans, *out)
+        return {"wall": time.perf_counter() - wall, "thread": time.thread_time() - thread}
+
+    best = []
     for first in rng.integers(0, len(data.rows) - WINDOW, windows).tolist():
         spans = window_spans(data.lengths, first, WINDOW)
-        times = []
-        for _ in range(REPEATS):
-            begin = time.perf_counter(), time.thread_time()
-            store.gather(spans, *out)
-            times.append((time.perf_counter() - begin[0], time.thread_time() - begin[1]))
-        wall.append(min(times)[0])
-        cpu.append(min(seconds for _, seconds in times))
-    return 1e3 * float(np.median(wall)), 1e3 * float(np.median(cpu))
+        found = alternate({"window": run}, repeats)["window"]
+        best.append((found["wall"].min, found["thread"].min))
+    wall, thread = 1e3 * np.median(best, axis=0)
+    return float(wall), float(thread)
 
 
 def divergence(given: TeacherRows, found: TeacherRows) -> np.ndarray:
@@ -229,7 +245,8 @@ def tempered_divergence(given: TeacherRows, found: TeacherRows, temperature: flo
         log_p, log_q = (
             x - np.log(np.maximum(np.exp(x).sum(1, keepdims=True), 1e-30)) for x in (log_p, log_q)
         )
-        kl[part] = (np.exp(log_p) * np.where(entries, log_p - log_q, 0)).sum(1)
+        difference = np.subtract(log_p, log_q, where=entries, out=np.zeros(entries.shape))
+        kl[part] = (np.exp(log_p) * difference).sum(1)
     return kl[given.counts > 0]
 
 
@@ -243,6 +260,9 @@ def megatron_bytes(data: Rows, folder: Path) -> int:
     store as they are.
     """
     import torch
+
+    cpu.install()  # before Megatron is imported
+    from megatron.training.distillation import logits_saver
 
     saver = object.__new__(logits_saver.LogitsSaverHooks)
     saver.p, saver.min_k, saver._save_dtype = TOP_P, 1, torch.float16
@@ -268,17 +288,17 @@ def megatron_bytes(data: Rows, folder: Path) -> int:
     return path.stat().st_size
 
 
-def zstd_attempts(data: Rows) -> list[tuple[str, float, float]]:
-    """(what was tried, bytes per entry, million entries compressed per second of CPU, the streams
-    given): zstd on streams of rising preparation."""
+def zstd_attempts(data: Rows) -> list[tuple[str, float, float | None]]:
+    """zstd on streams of rising preparation: (what was tried, bytes per entry, million entries
+    compressed per second of CPU, the streams given)."""
     counts = data.rows.counts
     entries = np.arange(data.rows.ids.shape[1]) < counts[:, None]
     ids, logprobs = data.rows.ids[entries], data.rows.logprobs[entries]
-    by_count = np.argsort(-np.bincount(ids, minlength=data.vocab_size), kind="stable")
-    rank_of_id = np.empty(data.vocab_size, np.int64)
-    rank_of_id[by_count] = np.arange(data.vocab_size)
-    ranks, values = compact_numbers(rank_of_id[ids], logprobs, counts)
-    id_symbols, id_bits = symbols_of(ranks)
+    vocabulary_order = np.argsort(-np.bincount(ids, minlength=data.vocab_size), kind="stable")
+    place_of_id = np.empty(data.vocab_size, np.int64)
+    place_of_id[vocabulary_order] = np.arange(data.vocab_size)
+    places, values = symbol_stream(place_of_id[ids], logprobs, counts)
+    id_symbols, id_bits = symbols_of(places)
     value_symbols, value_bits = symbols_of(values)
     raw_bytes = (id_bits.sum() + value_bits.sum()) / 8
     ends = np.concatenate([[0], np.cumsum(counts)])
@@ -299,40 +319,46 @@ def zstd_attempts(data: Rows) -> list[tuple[str, float, float]]:
         return size / len(ids), len(ids) / (time.thread_time() - begin) / 1e6
 
     plain = [ids.astype("<u4"), logprobs.astype("<f2")]
-    ranked = [ranks.astype("<u4"), values.astype("<u2")]
+    prepared = [places.astype("<u4"), values.astype("<u2")]
     symbols = [id_symbols.astype(np.uint8), value_symbols.astype(np.uint8)]
     raw = raw_bytes / len(ids)
     entropy = (order_0_bits(id_symbols) + order_0_bits(value_symbols)) / 8 / len(ids) + raw
     streams = {
         "byte planes of ids and fp16 log-probs, one stream": (plain, whole, 0.0),
-        "byte planes of ranks and grid codes, one stream": (ranked, whole, 0.0),
+        "byte planes of vocabulary-order places and quantizer codes, one stream": (
+            prepared,
+            whole,
+            0.0,
+        ),
         "our symbols + raw bits, one stream": (symbols, whole, raw),
         f"our symbols + raw bits, blocks of {BLOCK_ROWS} rows": (symbols, blocks, raw),
     }
-    tries = []
+    tries: list[tuple[str, float, float | None]] = []
     for level in (3, 19):
         for name, (arrays, cuts, apart) in streams.items():
             size, speed = total(arrays, level, cuts)
             tries.append((f"zstd -{level}, {name}", size + apart, speed))
-    return [*tries, ("order-0 entropy of our symbols + raw bits", entropy, float("nan"))]
+    return [*tries, ("order-0 entropy of our symbols + raw bits", entropy, None)]
 
 
-def compact_numbers(
-    ranks: np.ndarray, logprobs: np.ndarray, counts: np.ndarray, bits: int = 10
+def symbol_stream(
+    places: np.ndarray, logprobs: np.ndarray, counts: np.ndarray, bits: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers that `compact` codes for ids and log-probabilities of all entries, but for the
-    classes of rows (docs/store-format.md): int64 [entries] each."""
+    """The whole numbers that `compact` codes for ids, given as places in the vocabulary order, and
+    log-probabilities of all entries, but for the classes of rows (docs/store-format.md): int64
+    [entries] each."""
     octaves = 23 - bits
     code = np.arange(75 * 2 ** (bits - 8) + 8 * octaves - 7)
     octave = np.minimum(code // 8, octaves)
     roots = (8 + code - 8 * octave) << octave
-    places = np.exp(0.5 * logprobs.astype(np.float64)) * roots[-1]
-    codes = np.searchsorted((roots[1:] + roots[:-1]) / 2, places)
+    codes = np.searchsorted(
+        (roots[1:] + roots[:-1]) / 2, np.exp(0.5 * logprobs.astype(np.float64)) * roots[-1]
+    )
     position = np.arange(len(codes)) - np.repeat(np.cumsum(counts) - counts, counts)
     before = np.where(position == 0, len(roots) - 1, np.roll(codes, 1))
     tied = (position > 1) & (codes == before)
-    ranks = ranks[np.lexsort((ranks, np.cumsum(~tied)))]
-    return np.where(tied, ranks - np.roll(ranks, 1) - 1, ranks), before - codes
+    places = places[np.lexsort((places, np.cumsum(~tied)))]
+    return np.where(tied, places - np.roll(places, 1) - 1, places), before - codes
 
 
 def symbols_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -366,9 +392,12 @@ print(json.dumps([seconds, resident(), resident() - before, store.nbytes]))
 """
 
 
-def open_sparse_store(folder: Path, shards: int = 256, shard_bytes: int = 8 << 30) -> list[float]:
-    """[seconds, MiB resident, MiB of them for the store, bytes] of a fresh process that opens a
-    store of sparse files: headers and footers are real, and opening reads no more."""
+def open_sparse_store(
+    folder: Path, shards: int = 256, shard_bytes: int = 8 << 30
+) -> dict[str, float]:
+    """What a fresh process takes to open a store of sparse files: `seconds`, `resident_mib`,
+    `store_mib`, the part of that for the store, and the store's `bytes`. Headers and footers are
+    real, and opening reads no more."""
     documents = 1 << 18  # per shard
     lengths = np.full(documents, 1000)
     manifest = Manifest.of(150_000, np.tile(lengths, shards), 0, {"teacher": "synthetic"})
@@ -388,193 +417,237 @@ def open_sparse_store(folder: Path, shards: int = 256, shard_bytes: int = 8 << 3
             shard_bytes,
             shard_bytes - Footer.BYTES - crc_bytes - index_bytes,
             *(index_bytes, blocks, 20 * rows, TOP_K, 0),
-            int.from_bytes(zlib_crc(header), "little"),
+            zlib.crc32(header),
         )
         with open(path / shard_name(range(first, first + documents)), "wb") as file:
             file.write(header)
             file.truncate(shard_bytes)
             file.seek(shard_bytes - Footer.BYTES)
             file.write(footer.to_bytes())
-    found = [
-        json.loads(subprocess.check_output([sys.executable, "-c", _OPENING, str(path)]))
-        for _ in range(3)
-    ]
+    names = ("seconds", "resident_mib", "store_mib", "bytes")
+
+    def opened() -> dict[str, float]:
+        words = subprocess.check_output([sys.executable, "-c", _OPENING, str(path)])
+        return dict(zip(names, json.loads(words), strict=True))
+
+    found = alternate({"open": opened}, repeats=3)["open"]
     shutil.rmtree(path)
-    return min(found)
-
-
-def zlib_crc(data: bytes) -> bytes:
-    import zlib
-
-    return zlib.crc32(data).to_bytes(4, "little")
+    return {name: values.min for name, values in found.items()}
 
 
 # --- report --------------------------------------------------------------------------------------
 
+Record = Mapping[str, Any]
+"""One line of a table, by the names of its columns; None is printed as a dash."""
 
-def size_table(
+SIZES = {  # column → format
+    "teacher": "{}",
+    "rows": "{:,}",
+    "entries/row": "{:.1f}",
+    "compact B/entry": "**{:.3f}**",
+    "Megatron B/entry": "{:.3f}",
+    "ratio": "{:.1%}",
+    "exact B/entry": "{:.3f}",
+    "mean KL": "{:.1e}",
+    "max KL": "{:.1e}",
+    "mean KL at τ = 2": "{:.1e}",
+    "sampled B/token": "{:.2f}",
+}
+VALUE_BITS = {
+    "value bits": "{}",
+    "B/entry": "{:.3f}",
+    "mean KL": "{:.1e}",
+    "max KL": "{:.1e}",
+    "mean KL at τ = 2": "{:.1e}",
+}
+SPEEDS = {
+    "vocabulary": "{:,}",
+    "kind": "{}",
+    "encode M entries/s": "{:.1f}",
+    "decode M entries/s": "{:.1f}",
+    "window of 4,096: entries": "{:,.0f}",
+    "ms": "{:.2f}",
+    "ms of CPU": "{:.2f}",
+}
+CODERS = {"coder": "{}", "B/entry": "{:.3f}", "M entries/s compressed": "{:.1f}"}
+
+
+def table(formats: Mapping[str, str], records: Iterable[Record]) -> Iterator[str]:
+    def cell(value: Any, form: str) -> str:
+        return "–" if value is None else form.format(value)
+
+    return markdown_table(
+        list(formats),
+        ([cell(record[name], form) for name, form in formats.items()] for record in records),
+    )
+
+
+def sizes(
     teachers: list[tuple[Rows, Rows]], stored: list[tuple[str, Rows]], folder: Path
-) -> list[str]:
-    lines = [
-        "| teacher | rows | entries/row | compact B/entry | Megatron B/entry | ratio | "
-        "exact B/entry | mean KL | max KL | mean KL at τ = 2 | sampled B/token |",
-        "| --- " * 11 + "|",
-    ]
-    named = [(f"4-gram, {top.vocab_size:,}", top, sampled) for top, sampled in teachers]
+) -> Iterator[Record]:
+    named: list[tuple[str, Rows, Rows | None]] = []
+    named += [(f"4-gram, {top.vocab_size:,}", top, sampled) for top, sampled in teachers]
     named += [(f"{name}, {top.vocab_size:,}", top, None) for name, top in stored]
     for name, top, sampled in named:
         write_store(folder / "s", top)
         store = LogitStore(folder / "s")
-        found = decoded(store, top)
-        kl, tempered = divergence(top.rows, found), tempered_divergence(top.rows, found, 2)
+        precision = precision_of(store, top)
         ours, theirs = store.nbytes, megatron_bytes(top, folder)
         write_store(folder / "s", top, codec="exact")
         exact = LogitStore(folder / "s").nbytes
-        sampled_bytes = "–"
+        sampled_bytes = None
         if sampled is not None:
             write_store(folder / "s", sampled, kind="sampled", draws=DRAWS)
-            sampled_bytes = f"{LogitStore(folder / 's').nbytes / len(sampled.rows):.2f}"
-        lines.append(
-            f"| {name} | {len(top.rows):,} | {top.entries / len(top.rows):.1f} "
-            f"| **{ours / top.entries:.3f}** | {theirs / top.entries:.3f} | {ours / theirs:.1%} "
-            f"| {exact / top.entries:.3f} | {kl.mean():.1e} | {kl.max():.1e} "
-            f"| {tempered.mean():.1e} | {sampled_bytes} |"
-        )
-    return lines
+            sampled_bytes = LogitStore(folder / "s").nbytes / len(sampled.rows)
+        yield {
+            "teacher": name,
+            "rows": len(top.rows),
+            "entries/row": top.entries / len(top.rows),
+            "compact B/entry": ours / top.entries,
+            "Megatron B/entry": theirs / top.entries,
+            "ratio": ours / theirs,
+            "exact B/entry": exact / top.entries,
+            **precision,
+            "sampled B/token": sampled_bytes,
+        }
 
 
-def speed_table(teachers: list[tuple[Rows, Rows]], folder: Path) -> list[str]:
-    lines = [
-        "| vocabulary | kind | encode M entries/s | decode M entries/s "
-        "| window of 4,096: entries | ms | ms of CPU |",
-        "| --- " * 7 + "|",
-    ]
+def precision_of(store: LogitStore, data: Rows) -> Record:
+    found = decoded(store, data)
+    kl, tempered = divergence(data.rows, found), tempered_divergence(data.rows, found, 2)
+    return {
+        "mean KL": float(kl.mean()),
+        "max KL": float(kl.max()),
+        "mean KL at τ = 2": float(tempered.mean()),
+    }
+
+
+def speeds(teachers: list[tuple[Rows, Rows]], folder: Path, repeats: int) -> Iterator[Record]:
     for top, sampled in teachers:
-        for kind, data in (("top", top), ("sampled", sampled)):
-            options = {"kind": "sampled", "draws": DRAWS} if kind == "sampled" else {}
-            encode = min(write_store(folder / "s", data, **options) for _ in range(3))
+        for kind, data, options in (
+            ("top", top, {}),
+            ("sampled", sampled, {"kind": "sampled", "draws": DRAWS}),
+        ):
+            encode = write_store(folder / "s", data, **options)
             store = LogitStore(folder / "s")
-            decode = decode_seconds(store, data)
-            wall, cpu = window_milliseconds(store, data)
-            lines.append(
-                f"| {data.vocab_size:,} | {kind} | {data.entries / encode / 1e6:.1f} "
-                f"| {data.entries / decode / 1e6:.1f} "
-                f"| {WINDOW * data.entries / len(data.rows):,.0f} | {wall:.2f} | {cpu:.2f} |"
-            )
-    return lines
+            decode = decode_seconds(store, data, repeats)
+            wall, cpu_time = window_milliseconds(store, data, repeats)
+            yield {
+                "vocabulary": data.vocab_size,
+                "kind": kind,
+                "encode M entries/s": data.entries / encode / 1e6,
+                "decode M entries/s": data.entries / decode / 1e6,
+                "window of 4,096: entries": WINDOW * data.entries / len(data.rows),
+                "ms": wall,
+                "ms of CPU": cpu_time,
+            }
 
 
-def value_bits_table(top: Rows, folder: Path) -> list[str]:
-    lines = ["| value bits | B/entry | mean KL | max KL | mean KL at τ = 2 |", "| --- " * 5 + "|"]
+def value_bits(top: Rows, folder: Path) -> Iterator[Record]:
     for bits in (8, 9, 10, 11, 12, 14):
         write_store(folder / "s", top, value_bits=bits)
         store = LogitStore(folder / "s")
-        found = decoded(store, top)
-        kl, tempered = divergence(top.rows, found), tempered_divergence(top.rows, found, 2)
-        lines.append(
-            f"| {bits} | {store.nbytes / top.entries:.3f} | {kl.mean():.1e} | {kl.max():.1e} "
-            f"| {tempered.mean():.1e} |"
-        )
-    return lines
+        per_entry = store.nbytes / top.entries
+        yield {"value bits": bits, "B/entry": per_entry, **precision_of(store, top)}
 
 
-def report(arguments: argparse.Namespace, folder: Path) -> str:
+def coders(data: Rows, folder: Path) -> Iterator[Record]:
+    seconds = write_store(folder / "s", data)
+    compact = LogitStore(folder / "s").nbytes / data.entries
+    ours = ("compact (rANS, a model per context), all of it", compact, data.entries / seconds / 1e6)
+    for attempt in (*zstd_attempts(data), ours):
+        yield dict(zip(CODERS, attempt, strict=True))
+
+
+def measure(options: argparse.Namespace, report: Report, folder: Path) -> dict[str, Any]:
+    """Print the report and return its figures."""
     teachers = [
-        make_teacher(vocab_size, arguments.tokens, arguments.adaptation, arguments.cache)
-        for vocab_size in arguments.vocab_sizes
+        make_teacher(
+            vocab_size, options.tokens, options.documents, options.adaptation, options.cache
+        )
+        for vocab_size in options.vocab_sizes
     ]
-    stored = [(path.name, stored_rows(path, arguments.tokens)) for path in arguments.store]
+    stored = [(path.name, stored_rows(path, options.tokens)) for path in options.store]
     widest = teachers[-1][0]
-    compact_seconds = write_store(folder / "s", widest)
-    compact = LogitStore(folder / "s").nbytes
-    seconds, resident, store_resident, size = open_sparse_store(folder)
-    lines = [
-        "# The logit store, measured",
-        "",
-        f"    python tools/benchmarks/bench_store.py {' '.join(arguments.words)}".rstrip(),
-        "",
-        f"{platform.machine()}, {_processor()}. What was measured and how: the docstring of "
-        "`tools/benchmarks/bench_store.py`.",
-        f"Rows are top-{TOP_P}-{TOP_K}; sampled rows have {DRAWS} draws.",
-        "",
-        "## Size and precision",
-        "",
-        *size_table(teachers, stored, folder),
-        "",
+    figures: dict[str, Any] = {}
+
+    def show(name: str, formats: Mapping[str, str], records: Iterable[Record]) -> None:
+        figures[name] = list(records)
+        for line in ("", *table(formats, figures[name]), ""):
+            report.line(line)
+
+    report.line("# The logit store, measured\n")
+    report.line(f"    {command_line()}\n")
+    report.line(
+        f"{platform.machine()}, {processor()}. Method: see the docstring of "
+        "`tools/benchmarks/bench_store.py`."
+    )
+    report.line(f"Rows are top-{TOP_P}-{TOP_K}; sampled rows have {DRAWS} draws.\n")
+
+    report.line("## Size and precision")
+    show("sizes", SIZES, sizes(teachers, stored, folder))
+    report.line(
         "KL is from the given to the decoded row in nats, the mass of no entry included; at "
         "temperature τ = 2 it is that of the entries alone, renormalised. "
-        "Megatron's ids end at 131,072: of wider vocabularies it was given the low 17 bits.",
-        "",
-        f"At {widest.vocab_size:,} pieces, by `--dump-value-bits`:",
-        "",
-        *value_bits_table(widest, folder),
-        "",
-        "## Speed",
-        "",
-        *speed_table(teachers, folder),
-        "",
+        "Megatron's ids end at 131,072: of wider vocabularies it was given the low 17 bits.\n"
+    )
+    report.line(f"At {widest.vocab_size:,} pieces, by `--dump-value-bits`:")
+    show("value_bits", VALUE_BITS, value_bits(widest, folder))
+
+    report.line("## Speed")
+    show("speeds", SPEEDS, speeds(teachers, folder, options.repeats))
+    report.line(
         "Encode and decode are CPU time of one thread, through `LogitStoreWriter` and "
         "`LogitStore.gather` into padded buffers. A window is random and warm, its time the median "
-        f"over windows of the best of {REPEATS}.",
-        "",
-        f"Opening a store of {size / 2**40:.2f} TiB (256 sparse shards) takes {seconds:.3f} s; the "
-        f"process then has {resident:.0f} MiB resident, {store_resident:.1f} MiB of them for the "
-        "store.",
-        "",
-        f"## General entropy coders, at {widest.vocab_size:,} pieces",
-        "",
-        "| coder | B/entry | M entries/s compressed |",
-        "| --- | --- | --- |",
-        *(
-            f"| {name} | {size:.3f} | {'–' if np.isnan(speed) else f'{speed:.1f}'} |"
-            for name, size, speed in zstd_attempts(widest)
-        ),
-        f"| compact (rANS, a model per context), all of it | {compact / widest.entries:.3f} "
-        f"| {widest.entries / compact_seconds / 1e6:.1f} |",
-        "",
-        "Ranks and symbols are those of one class of rows. "
-        "zstd's entries leave out headers, index, id ranks and model tables; compact's has all of "
-        "them (the ranks and tables of so few rows are some percent of it, of a whole shard next "
-        "to nothing).",
-    ]
-    return "\n".join(lines) + "\n"
+        f"over windows of the best of {options.repeats}.\n"
+    )
+    opening = figures["opening"] = open_sparse_store(folder)
+    report.line(
+        f"Opening a store of {opening['bytes'] / 2**40:.2f} TiB (256 sparse shards) takes "
+        f"{opening['seconds']:.3f} s; the process then has {opening['resident_mib']:.0f} MiB "
+        f"resident, {opening['store_mib']:.1f} MiB of them for the store.\n"
+    )
+
+    report.line(f"## General entropy coders, at {widest.vocab_size:,} pieces")
+    show("coders", CODERS, coders(widest, folder))
+    report.line(
+        "Places and symbols are those of one class of rows. zstd's entries leave out headers, "
+        "index, vocabulary order and entropy models; compact's has all of them (of so few rows the "
+        "last two are some percent of it, of a whole shard next to nothing)."
+    )
+    return figures
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown processor"
+QUICK = dict(vocab_sizes=[2000], tokens=15_000, documents=400, repeats=3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parser(__doc__, repeats=5)
+    arguments.add_argument("--vocab-sizes", type=int, nargs="+", default=[8_000, 32_000, 160_000])
+    arguments.add_argument("--tokens", type=int, default=100_000, help="top rows of each teacher")
+    arguments.add_argument(
+        "--documents", type=int, help="files that the teachers learn (default: all)"
     )
-    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[8_000, 32_000, 160_000])
-    parser.add_argument("--tokens", type=int, default=100_000, help="top rows of each teacher")
-    parser.add_argument(
+    arguments.add_argument(
         "--adaptation",
         type=float,
         default=1.0,
         help="how far rows follow their document; 0: rows recur bit for bit, as no model's do",
     )
-    parser.add_argument(
+    arguments.add_argument(
         "--store",
         type=Path,
         nargs="+",
         default=[],
         help="rows of these stores as well (exact ones)",
     )
-    parser.add_argument("--cache", type=Path, help="folder that keeps the teachers' rows")
-    parser.add_argument("--output", type=Path, help="write the report here too")
-    arguments = parser.parse_args()
-    arguments.words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    arguments.add_argument("--cache", type=Path, help="folder that keeps the teachers' rows")
+    options = parse(arguments, QUICK)
+    warnings.filterwarnings("ignore", module="megatron")
+    report = Report()
     with tempfile.TemporaryDirectory() as folder:
-        text = report(arguments, Path(folder))
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text)
+        figures = measure(options, report, Path(folder))
+    report.save(options, figures)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class NgramTeacher:
         self.unigram = counts / counts.sum()
         self._cumulative = np.cumsum(self.unigram)
         self._common = np.argsort(-self.unigram, kind="stable")
-        self._tables = [_SuccessorTable(documents, order, vocab_size) for order in _ORDERS]
+        self._successors = [_Successors(documents, order, vocab_size) for order in _ORDERS]
         self._topics = _topic_vectors(documents, self.unigram)
         self._scratch = np.zeros(vocab_size)
 
@@ -113,20 +113,20 @@ class NgramTeacher:
         return out
 
     def _distributions(
-        self, tokens: np.ndarray, likeliest: int
+        self, tokens: np.ndarray, top: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-        """For every token but the last: its likeliest ids (at least `likeliest` of the successors
-        and of the most frequent ids), their probabilities, and what is left to the others."""
+        """For every token but the last: its most likely ids (at least `top` of the successors and
+        of the most frequent ids), their probabilities, and what is left to the others."""
         state = np.zeros(self._topics.shape[1])
         for row in range(len(tokens) - 1):
             state = _MEMORY * state + self._topics[tokens[row]]
             levels, base = self._levels(tokens[: row + 1])
-            ids = np.concatenate([ids for ids, _ in levels] + [self._common[:likeliest]])
+            ids = np.concatenate([ids for ids, _ in levels] + [self._common[:top]])
             self._scratch[ids] = base * self.unigram[ids]
             for successors, probs in levels:
                 self._scratch[successors] += probs
             probs = self._scratch[ids]
-            copies = (len(levels) + 1) * likeliest  # an id may come once per level
+            copies = (len(levels) + 1) * top  # an id may come once per level
             if copies < len(ids):
                 ids = ids[np.argpartition(-probs, copies - 1)[:copies]]
             ids = np.unique(ids)
@@ -141,8 +141,8 @@ class NgramTeacher:
         """Discounted mass of the successors at each order, longest first, and what the unigram
         is left."""
         levels, weight = [], 1.0
-        for table in reversed(self._tables):
-            ids, counts = table.successors(history)
+        for order in reversed(self._successors):
+            ids, counts = order.after(history)
             if len(ids):
                 total = counts.sum()
                 levels.append((ids, weight * (counts - _DISCOUNT) / total))
@@ -165,7 +165,7 @@ def _topic_vectors(documents: list[np.ndarray], unigram: np.ndarray) -> np.ndarr
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
 
-class _SuccessorTable:
+class _Successors:
     """What followed every context of order - 1 tokens, and how often."""
 
     def __init__(self, documents: list[np.ndarray], order: int, vocab_size: int) -> None:
@@ -183,7 +183,7 @@ class _SuccessorTable:
         self._contexts = pair_contexts[begin]
         self._bounds = np.r_[begin, len(pair_contexts)]
 
-    def successors(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def after(self, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(history) < self._order - 1:
             return self._ids[:0], self._counts[:0]
         key = self._keys(history[1 - self._order :])[0]

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from common import (
+from students import (
     ROOT,
     Demo,
     Runner,
@@ -86,14 +86,20 @@ def train_and_evaluate(demo: Demo, runner: Runner, name: str, seed: int) -> dict
     student = f"{name}-seed-{seed}"
     figures = Path(demo.path(f"{student}.json"))
     if not figures.exists():
-        flags = ["--seed", str(seed), *SETTINGS[name].split()]
-        if "sampled" in flags:
-            flags += ["--pd-store", sampled_store(demo)]
+        flags = flags_of(demo, name, seed)
         runner.run_stage(
             demo.training_stage(student, student, "student", demo.student, *flags, processes=1)
         )
         runner.run_stage(Stage(f"evaluate-{student}", demo.evaluation(student, processes=1)))
     return json.loads(figures.read_text())
+
+
+def flags_of(demo: Demo, name: str, seed: int) -> list[str]:
+    """What a setting adds to the flags of the demo's student."""
+    flags = ["--seed", str(seed), *SETTINGS[name].split()]
+    if "sampled" in flags:
+        flags += ["--pd-store", sampled_store(demo)]
+    return flags
 
 
 def report(demo: Demo) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from common import (
+from students import (
     ROOT,
     Demo,
     ModelSize,
@@ -49,7 +49,7 @@ def plot(demo: Demo, runner: Runner, file: Path) -> None:
     figure, axes = plt.subplots(
         1, len(ALPHA_SCHEDULES.names), figsize=(16, 3.2), sharey=True, layout="constrained"
     )
-    for axis, kind in zip(axes, ALPHA_SCHEDULES, strict=True):
+    for axis, kind in zip(axes, ALPHA_SCHEDULES.names, strict=True):
         whole = train(demo, runner, kind, "whole")
         stopped = train(demo, runner, kind, "stopped", "--exit-interval", str(STOP))
         checkpoint = demo.path(f"checkpoints/schedule-{kind}-stopped")

@@ -7,7 +7,7 @@ The teacher is Zipf's law on 1,000 tokens. For each policy and K, the distillati
 training uses. Policies that depend on the ground truth or on random draws get the mean over them.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +21,7 @@ from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, top_p_k
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-VOCABULARY = 1000
+VOCAB_SIZE = 1000
 COLUMNS = (5, 12, 50)
 DRAWS = 400_000  # in all, for `sampled`: K in each row
 POLICIES = {
@@ -37,33 +37,42 @@ STYLES = ["-", "--", ":", "-", "--", "-", "-"]
 
 
 def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/tail-policies.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/tail-policies.png"))
+    file = parser.parse_args().file
     torch.manual_seed(0)
-    teacher_V = 1 / torch.arange(1, VOCABULARY + 1, dtype=torch.float64)
-    teacher_V /= teacher_V.sum()
+    teacher_V = zipf(VOCAB_SIZE)
     figure, axes = plt.subplots(1, len(COLUMNS), figsize=(15, 5), sharey=True, layout="constrained")
-    print("| policy | K | likeliest token, over the teacher's | mass on the K | KL(t ‖ p) |")
+    print("| policy | K | most likely token, over the teacher's | mass on the K | KL(t ‖ p) |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for axis, columns in zip(axes, COLUMNS, strict=True):
-        ranks = range(1, VOCABULARY + 1)
-        axis.loglog(ranks, teacher_V, color="black", linewidth=4, alpha=0.25, label="teacher")
+        places = range(1, VOCAB_SIZE + 1)
+        axis.loglog(places, teacher_V, color="black", linewidth=4, alpha=0.25, label="teacher")
         for (name, config), style in zip(POLICIES.items(), STYLES, strict=True):
             student_V = minimiser(config, teacher_V, columns)
-            axis.loglog(ranks, student_V, style, label=name)
+            axis.loglog(places, student_V, style, label=name)
             print(_row(name, columns, teacher_V, student_V))
         kept = teacher_V[:columns].sum()
         axis.axvline(columns + 0.5, color="gray", linewidth=0.5)
-        axis.set(title=f"K = {columns}: mass {kept:.2f} kept", xlabel="rank of the token")
+        axis.set(title=f"K = {columns}: mass {kept:.2f} kept", xlabel="token, the top one first")
         axis.set_ylim(3e-6, 1)
     axes[0].set_ylabel("probability")
     axes[-1].legend(loc="upper right")
-    figure.savefig(path, dpi=90)
+    figure.savefig(file, dpi=90)
+
+
+def zipf(vocab_size: int) -> Tensor:
+    """The teacher's distribution, float64 [V]."""
+    weights_V = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    return weights_V / weights_V.sum()
 
 
 def minimiser(config: PDConfig, teacher_V: Tensor, columns: int) -> Tensor:
     """The student distribution, float64 [V], of the least expected loss."""
     rows, labels_T, weights_T = _cases(config, teacher_V, columns)
-    logits_V = torch.zeros(VOCABULARY, dtype=torch.float64, requires_grad=True)
+    logits_V = torch.zeros_like(teacher_V, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits_V],
         max_iter=400,
@@ -100,8 +109,8 @@ def _cases(
         )
     rows = top_p_k(teacher_V.log()[None], top_k=columns)
     if config.tail == "to-label":
-        labels_T = torch.arange(VOCABULARY)
-        return rows.map(lambda x: x.expand(VOCABULARY, *x.shape[1:])), labels_T, teacher_V
+        labels_T = torch.arange(len(teacher_V))
+        return rows.map(lambda x: x.expand(len(labels_T), *x.shape[1:])), labels_T, teacher_V
     return rows, torch.zeros(1, dtype=torch.int64), torch.ones(1)
 
 

@@ -12,6 +12,7 @@ from demo.runner import Runner, run_to_exit_status
 from demo.stages import Demo, ModelSize, Stage
 
 __all__ = [
+    "DRAWS",
     "ROOT",
     "Demo",
     "ModelSize",

@@ -1,0 +1,1 @@
+"""Benchmarks, each a script; common.py is what they share."""
