@@ -17,6 +17,7 @@ from demo.stages import DISTILLATION, MODELS, Demo
 from megatron_pd.store import LogitStore
 
 __all__ = [
+    "Curves",
     "collect_figures",
     "markdown",
     "plot_curves",
@@ -87,7 +88,8 @@ def step_and_wait(log: str) -> tuple[float, float]:
     """
     steps = re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log)
     waits = re.findall(r"teacher-rows \.+: \([\d.]+, ([\d.]+)\)", log)
-    return np.mean(np.float64(steps[1:])).item(), np.mean(np.float64(waits[1:])).item()
+    step, wait = (np.mean(np.array(values[1:], np.float64)) for values in (steps, waits))
+    return float(step), float(wait)
 
 
 def summary(figures: Mapping[str, Any]) -> Table:

@@ -226,8 +226,8 @@ class Demo:
 
 def _take(texts: list[str], num_bytes: float) -> tuple[list[str], list[str]]:
     """The first texts that make up `num_bytes`, and the others."""
-    sizes = np.cumsum([len(text.encode()) for text in texts])
-    count = int(np.searchsorted(sizes, num_bytes)) + 1
+    ends = np.cumsum([len(text.encode()) for text in texts])
+    count = int(np.searchsorted(ends, num_bytes)) + 1
     return texts[:count], texts[count:]
 
 

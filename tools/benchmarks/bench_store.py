@@ -8,9 +8,9 @@ byte-level vocabularies of 8,000, 32,000 and 160,000 pieces; the rows are those 
 files. Making them takes about five minutes each; --cache keeps them for the next run.
 
 Sizes are all bytes on disk. Megatron's shards are written by its own saver (top-p mask, 17-bit ids,
-fp16 log-probs, torch.save, zstd, tar). "One core" is CPU time of the one thread that works, the
-best of the repeats, so that other work on the machine counts little; windows and opening are
-wall-clock time.
+fp16 log-probs, torch.save, zstd, tar). Encoding and decoding are CPU time of the one thread that
+works, decoding the best of the repeats, so that other work on the machine counts little; windows
+and opening are wall-clock time.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from students import (
     ROOT,
+    Curves,
     Demo,
     ModelSize,
     Runner,
@@ -68,10 +69,8 @@ def plot(demo: Demo, runner: Runner, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
-def train(
-    demo: Demo, runner: Runner, kind: str, name: str, *flags: str
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The scalars of one run: name → (steps, values)."""
+def train(demo: Demo, runner: Runner, kind: str, name: str, *flags: str) -> Curves:
+    """What TensorBoard got of one run."""
     model = f"schedule-{kind}-{name}"
     flags = (
         *"--micro-batch-size 8 --global-batch-size 8".split(),

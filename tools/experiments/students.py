@@ -7,13 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))  # where `demo` is
 
-from demo.report import read_scalars
+from demo.report import Curves, read_scalars
 from demo.runner import Runner, run_to_exit_status
 from demo.stages import Demo, ModelSize, Stage
 
 __all__ = [
     "DRAWS",
     "ROOT",
+    "Curves",
     "Demo",
     "ModelSize",
     "Runner",
