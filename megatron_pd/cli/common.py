@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_pd.store import LogitStore
 
-__all__ = ["add_copy_arguments", "add_workers", "print_store", "progress_bar"]
+__all__ = ["add_copy_arguments", "add_workers", "positive", "print_store", "progress_bar"]
+
+
+def positive(text: str) -> int:
+    """An argument's whole number from 1 on."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return number
 
 
 @contextlib.contextmanager
@@ -51,7 +62,7 @@ def add_copy_arguments(
     """The options of every command that writes a store from another."""
     parser.add_argument(
         "--shard-tokens",
-        type=int,
+        type=positive,
         default=shard_tokens,
         help="tokens of a shard of the new store, about and at most (a document is never cut); "
         f"default: {default}",

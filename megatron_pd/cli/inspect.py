@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from megatron_pd.cli.common import positive
+
 if TYPE_CHECKING:
     from megatron_pd.store import LogitStore
 
@@ -16,8 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="the store's directory, e.g. corpus.pd")
     parser.add_argument("--document", type=int, help="show rows of this document")
     parser.add_argument("--offset", type=int, default=0, help="first token to show")
-    parser.add_argument("--tokens", type=int, default=16, help="how many tokens to show")
-    parser.add_argument("--top", type=int, default=5, help="how many candidates of each to show")
+    parser.add_argument("--tokens", type=positive, default=16, help="how many tokens to show")
+    parser.add_argument(
+        "--top", type=positive, default=5, help="how many candidates of each to show"
+    )
     parser.add_argument(
         "--corpus",
         help="prefix of the .bin/.idx corpus, to show its tokens too; default: that of a store "

@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_pd.cli.common import add_copy_arguments, print_store, progress_bar
+from megatron_pd.cli.common import add_copy_arguments, positive, print_store, progress_bar
 
 HELP = (
     "Cut a store into smaller shards or, with --at or --parts, into several stores whose documents "
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of the new store; of several stores new-0.pd, new-1.pd, ... for new.pd",
     )
     cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--parts", type=int, help="into so many stores of about equally many tokens")
+    cut.add_argument(
+        "--parts", type=positive, help="into so many stores of about equally many tokens"
+    )
     cut.add_argument(
         "--at", type=int, nargs="+", metavar="DOCUMENT", help="first document of each further store"
     )

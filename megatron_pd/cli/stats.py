@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from megatron_pd.cli.common import add_workers, progress_bar
+from megatron_pd.cli.common import add_workers, positive, progress_bar
 
 HELP = "Bytes and entries per token, kept mass, teacher loss and entropy of a logit store."
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="the store's directory, e.g. corpus.pd")
     parser.add_argument(
         "--max-rows",
-        type=int,
+        type=positive,
         help="average over about this many rows, spread evenly; default: all rows",
     )
     add_workers(parser)

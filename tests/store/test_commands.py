@@ -52,6 +52,14 @@ def test_stats(store, monkeypatch, capsys):
     assert figures["bytes"] == sum(file.stat().st_size for file in store.iterdir())
 
 
+def test_stats_as_text(store, monkeypatch, capsys):
+    status, out = command(monkeypatch, capsys, "stats", store)
+    figures = dict(re.split(r" {2,}", line, maxsplit=1) for line in out.splitlines())
+    assert status == 0 and figures["rows without teacher"] == "1"
+    assert figures["mean kept mass"] == f"{(0.75 + 0.8) / 2:.4f}"
+    assert figures["entropy"] == "not stored"
+
+
 def test_inspect(store, monkeypatch, capsys):
     png = store.parent / "h.png"
     words = ("--document", 0, "--top", 1, "--plot", png)
@@ -70,6 +78,11 @@ def test_verify_names_the_damage(store, monkeypatch, capsys):
     shard.write_bytes(data)
     status, out = command(monkeypatch, capsys, "verify", store, "--json")
     assert status == 1 and "block at byte 64 is damaged" in json.loads(out)["problems"][0]
+
+
+def test_verify_of_no_store(tmp_path, monkeypatch, capsys):
+    status, out = command(monkeypatch, capsys, "verify", tmp_path / "nowhere")
+    assert status == 1 and "no logit store here" in out
 
 
 def test_inspect_json_has_the_window(store, monkeypatch, capsys):
@@ -106,6 +119,18 @@ def large(tmp_path):
             writer.append(document, 0, rows[2001 - length :])
             writer.flush()
     return path
+
+
+def test_stats_of_a_sample(large, monkeypatch, capsys):
+    def figures(*words) -> dict:
+        return json.loads(command(monkeypatch, capsys, "stats", large, "--json", *words)[1])
+
+    whole = figures()
+    assert figures("--max-rows", whole["rows"]) == whole
+    sample = figures("--max-rows", whole["rows"] // 10)
+    assert 0 < sample["rows_read"] < whole["rows_read"] / 2
+    # Every document ends as the others do.
+    assert sample["mean_kept_mass"] == pytest.approx(whole["mean_kept_mass"], rel=0.3)
 
 
 def test_verify_names_every_bad_block_from_several_processes(large, monkeypatch, capsys):

@@ -72,9 +72,10 @@ def test_merge_of_one_corpus(tmp_path, rng, monkeypatch, codec):
     assert verify_store(tmp_path / "c") == [] and len(list((tmp_path / "c").iterdir())) == 2
 
 
-def test_split_into_stores_and_concatenated_again(tmp_path, rng, monkeypatch, capsys):
+@pytest.mark.parametrize("codec", ["exact", "compact"])
+def test_split_into_stores_and_concatenated_again(tmp_path, rng, monkeypatch, capsys, codec):
     corpus = RandomCorpus(rng, 30, VOCAB)
-    write(tmp_path / "c.pd", rng, corpus, [range(0, 11), range(11, 30)])
+    write(tmp_path / "c.pd", rng, corpus, [range(0, 11), range(11, 30)], codec)
     expected = rows_of(tmp_path / "c.pd")
     cuts = sorted(rng.choice(np.arange(1, 30), 2, replace=False).tolist())
     words = ("--at", *cuts, "--workers", 2, "--shard-tokens", 100, "--json")

@@ -132,9 +132,42 @@ def test_other_corpus_is_refused(tmp_path, rng):
     corpus = RandomCorpus(rng, 20, VOCAB)
     write_store(tmp_path / "c.pd", rng, corpus, [0, 20])
     longest = int(np.argmax(corpus.document_lengths))
+    store = LogitStore(tmp_path / "c.pd")
+    for full in (False, True):
+        store.check_corpus(corpus, full=full)
     corpus.tokens(longest)[-1] ^= 1
-    with pytest.raises(StoreError, match=f"document {longest} has other tokens"):
-        LogitStore(tmp_path / "c.pd").check_corpus(corpus)
+    for full in (False, True):
+        with pytest.raises(StoreError, match=f"document {longest} has other tokens"):
+            store.check_corpus(corpus, full=full)
+        corpus.document_lengths[longest] += 1
+        with pytest.raises(StoreError, match=f"document {longest} has other length"):
+            store.check_corpus(corpus, full=full)
+        corpus.document_lengths[longest] -= 1
+    other = RandomCorpus(rng, 21, VOCAB)
+    with pytest.raises(StoreError, match="a corpus of 20 documents, this one has 21"):
+        store.check_corpus(other)
+
+
+def test_full_check_compares_what_a_sample_leaves_out(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr("megatron_pd.store.reader._SAMPLED_DOCUMENTS", 2)  # the first and the last
+    corpus = RandomCorpus(rng, 20, VOCAB)
+    write_store(tmp_path / "c.pd", rng, corpus, [0, 20])
+    store = LogitStore(tmp_path / "c.pd")
+    inner = 1 + int(np.argmax(corpus.document_lengths[1:-1]))
+    corpus.tokens(inner)[0] ^= 1
+    store.check_corpus(corpus)
+    with pytest.raises(StoreError, match=f"document {inner} has other tokens"):
+        store.check_corpus(corpus, full=True)
+
+
+def test_lengths_of_documents_that_no_shard_holds_count_too(tmp_path, rng):
+    corpus = RandomCorpus(rng, 20, VOCAB)
+    write_store(tmp_path / "c.pd", rng, corpus, [0, 8])
+    store = LogitStore(tmp_path / "c.pd", allow_partial=True)
+    store.check_corpus(corpus)
+    corpus.document_lengths[12] += 1
+    with pytest.raises(StoreError, match="in documents that no shard holds yet"):
+        store.check_corpus(corpus)
 
 
 def test_gather_fills_statistics(tmp_path, rng):
