@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import LAYOUTS, PD_STAR, VOCAB_SIZE, JobRunner, World, write_text
+from jobs import LAYOUTS, PD_STAR, VOCAB_SIZE, JobRunner, World, make_corpus, write_text
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def bare_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     runner = JobRunner(folder)
     text, tokenizer, corpus = folder / "text.jsonl", folder / "tokens.model", folder / "corpus"
     write_text(text, seed=1)
-    runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE, corpus])
+    make_corpus(runner, text, tokenizer, VOCAB_SIZE, corpus)
     world = World(runner, folder, tokenizer, corpus)
     yield world
     runner.close()

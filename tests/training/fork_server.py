@@ -32,7 +32,6 @@ MODULES = (
     "megatron_pd.evaluate.loss",
     "megatron_pd.cli",
     "megatron_pd.teacher.megatron",
-    "corpus_job",
     "logits_job",
     "prefetch_job",
     "validate_job",

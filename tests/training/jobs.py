@@ -108,6 +108,16 @@ class JobRunner:
         return outcome.log
 
 
+def make_corpus(
+    runner: JobRunner, text: Path, tokenizer: Path, vocab_size: int, corpus: Path
+) -> None:
+    """Train the tokenizer `tokenizer` on a text, and turn the text into the corpus `corpus`."""
+    train = ["train-tokenizer", "--input", text, "--output", tokenizer, "--vocab-size", vocab_size]
+    runner.check("megatron_pd.cli", train)
+    preprocess = ["preprocess", "--input", text, "--output-prefix", corpus]
+    runner.check("megatron_pd.cli", [*preprocess, "--tokenizer-model", tokenizer])
+
+
 def environment() -> dict[str, str]:
     return {
         **os.environ,

@@ -14,6 +14,7 @@ from jobs import (
     Outcome,
     World,
     environment,
+    make_corpus,
     write_corpus,
     write_text,
 )
@@ -72,7 +73,7 @@ def elsewhere(world: World) -> World:
     text = world.folder / "elsewhere.jsonl"
     write_text(text, seed=2)
     tokenizer, corpus = world.folder / "elsewhere.model", world.folder / "elsewhere"
-    world.runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE - 5, corpus])
+    make_corpus(world.runner, text, tokenizer, VOCAB_SIZE - 5, corpus)
     return World(world.runner, world.folder, tokenizer, corpus)
 
 
@@ -91,7 +92,7 @@ def test_store_of_another_vocabulary(world: World, elsewhere: World) -> None:
 def test_store_of_another_tokenizer(world: World) -> None:
     text, tokenizer = world.folder / "third.jsonl", world.folder / "third.model"
     write_text(text, seed=3)
-    world.runner.check("corpus_job", [text, tokenizer, VOCAB_SIZE, world.folder / "third"])
+    make_corpus(world.runner, text, tokenizer, VOCAB_SIZE, world.folder / "third")
     flags = [*world.training_flags("--pd"), "--tokenizer-model", tokenizer]
     outcome = world.runner.run("megatron_pd.pretrain", flags)
     assert_refused(outcome, f"{world.corpus}.pd", "another tokenizer", "--tokenizer-model")
