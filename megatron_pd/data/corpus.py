@@ -1,5 +1,6 @@
 """A Megatron corpus (`.bin/.idx`) as the logit store addresses it: document by document."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class MegatronCorpus:
         self.prefix = prefix
         self._dataset = IndexedDataset(prefix, mmap=True)
 
-    @property
+    @functools.cached_property
     def document_lengths(self) -> np.ndarray:
         """Tokens of every document, end-of-document token included: int64 [documents]."""
         return self._dataset.sequence_lengths.astype(np.int64)

@@ -61,20 +61,31 @@ def batches_of(
     sequence_length: int,
     length_multiple: int = 1,
 ) -> Iterator[Batch]:
-    """Group windows of similar length; a batch is as long as its longest window needs.
+    """Group windows of similar length; a batch is as long as its longest window needs, and has as
+    many windows as fit into the tokens of `batch_size` whole ones.
 
     Args:
         length_multiple: what the length must divide by (sequence parallelism splits it).
     """
-    multiple = np.lcm(_LENGTH_MULTIPLE, length_multiple)
+    budget = batch_size * sequence_length
     by_length = sorted(windows, key=lambda window: window.length, reverse=True)
-    for first in range(0, len(by_length), batch_size):
-        chosen = by_length[first : first + batch_size]
-        length = min(-(-chosen[0].length // multiple) * multiple, sequence_length)
-        tokens = np.zeros((batch_size, length + 1), dtype=np.int64)
-        for row, window in zip(tokens, chosen, strict=False):
+    first = 0
+    while first < len(by_length):
+        longest = by_length[first].length
+        length = min(_padded_length(longest, length_multiple), sequence_length)
+        chosen = by_length[first : first + max(batch_size, budget // length)]
+        first += len(chosen)
+        tokens = np.zeros((len(chosen), length + 1), dtype=np.int64)
+        for row, window in zip(tokens, chosen, strict=True):
             row[: window.length + 1] = corpus.tokens(
                 window.document, window.start, window.length + 1
             )
         both = torch.from_numpy(tokens)
         yield Batch(chosen, both[:, :-1], both[:, 1:])
+
+
+def _padded_length(length: int, multiple: int) -> int:
+    """At most a quarter more than `length`, so that lengths are few and little is padding."""
+    step = min(_LENGTH_MULTIPLE, max(4, 1 << max(0, length.bit_length() - 3)))
+    step = int(np.lcm(step, multiple))
+    return -(-length // step) * step

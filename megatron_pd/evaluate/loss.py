@@ -7,6 +7,7 @@ Every token but the first of each document is predicted once.
 
 import argparse
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_pd.data.corpus import MegatronCorpus, training_prefixes
 from megatron_pd.data.windows import batches_of, windows_of
 from megatron_pd.errors import UserError
 from megatron_pd.evaluate.calibration import BINS, confidence_bins, expected_calibration_error
-from megatron_pd.megatron.inference import ForwardOnlyModel, finish, load_model
+from megatron_pd.megatron.inference import ForwardOnlyModel, load_model
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
 
 __all__ = ["evaluate", "main"]
@@ -32,7 +33,6 @@ def main() -> int:
         print(json.dumps(result, indent=2), flush=True)
         if model.args.evaluate_output:
             Path(model.args.evaluate_output).write_text(json.dumps(result, indent=2) + "\n")
-    finish()
     return 0
 
 
@@ -52,7 +52,7 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
     """Mean loss in nats per token, perplexity, top-1 accuracy, ECE and the number of tokens.
 
     Raises:
-        UserError: --evaluate-overlap out of range, or nothing to predict.
+        UserError: --evaluate-overlap out of range, nothing to predict, or a loss that is no number.
     """
     args = model.args
     if not 0 <= args.evaluate_overlap < args.seq_length:
@@ -60,6 +60,8 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
             f"--evaluate-overlap is {args.evaluate_overlap}; it must be at least 0 and less than "
             f"--seq-length ({args.seq_length})."
         )
+    # The replicas' shares take unequal time, which the usual time-out would cut short.
+    everyone = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     loss_sum = 0.0
     bins = np.zeros((3, BINS))  # tokens, correct, confidence
 
@@ -107,16 +109,19 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
                 confidence = captured.targets.logprobs[own][:, 0].double().exp().cpu().numpy()
                 correct = (captured.targets.ids[own][:, 0] == batch.labels[own]).cpu().numpy()
                 bins += confidence_bins(confidence, correct)
-    totals = torch.tensor(
-        [loss_sum, *bins.flatten()], dtype=torch.float64, device=torch.cuda.current_device()
-    )
-    torch.distributed.all_reduce(totals)
-    loss_sum, bins = totals[0].item(), totals[1:].cpu().numpy().reshape(3, BINS)
+    totals = torch.tensor([loss_sum, *bins.flatten()], dtype=torch.float64)
+    torch.distributed.all_reduce(totals, group=everyone)
+    loss_sum, bins = totals[0].item(), totals[1:].numpy().reshape(3, BINS)
     tokens = bins[0].sum()
     if tokens == 0:
         raise UserError(
             f"{', '.join(prefixes)}: no document has a second token, so there is nothing to "
             "predict; give --data-path a corpus of longer documents."
+        )
+    if not np.isfinite(loss_sum):
+        raise UserError(
+            f"{args.load}: the loss is {loss_sum}, so some logits are not finite. Check the "
+            "checkpoint's weights, and the precision that it runs in."
         )
     return {
         "lm_loss": loss_sum / tokens,

@@ -32,7 +32,7 @@ from megatron_pd.data.windows import Batch
 from megatron_pd.megatron.arguments import HelpFormatter
 from megatron_pd.megatron.patches import skip_helpers_compilation
 
-__all__ = ["ForwardOnlyModel", "finish", "load_model"]
+__all__ = ["ForwardOnlyModel", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,6 @@ def load_model(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return ForwardOnlyModel(args, build_tokenizer(args), module.eval())
-
-
-def finish() -> None:
-    """End the process group together: gloo aborts a rank whose peer has exited before it."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _refuse_early(args: Any) -> None:

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_pd.store.types import StoreError
+from megatron_pd.store.types import ShardInUseError, StoreError
 
 __all__ = ["AppendFile", "fsync_directory", "publish_once", "write_error"]
 
@@ -138,7 +138,7 @@ def _open_locked(path: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise StoreError(
+            raise ShardInUseError(
                 f"{path}: another process is writing this shard. "
                 "Wait for it, or give each writer its own range of documents."
             ) from None

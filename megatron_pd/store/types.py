@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_pd.errors import UserError
 
-__all__ = ["STATISTICS", "Corpus", "StoreError", "TeacherRows"]
+__all__ = ["STATISTICS", "Corpus", "ShardInUseError", "StoreError", "TeacherRows"]
 
 #: Optional per-row float32 values, in the order of their bits in a block's header.
 STATISTICS = ("label_logprob", "entropy", "std")
@@ -18,6 +18,10 @@ STATISTICS = ("label_logprob", "entropy", "std")
 
 class StoreError(UserError):
     """A logit store, or a request to one, is wrong; the message says where, how and the mend."""
+
+
+class ShardInUseError(StoreError):
+    """Another process writes this shard at the moment."""
 
 
 class Corpus(Protocol):
@@ -57,10 +61,20 @@ class TeacherRows:
         return TeacherRows(self.ids[rows], self.logprobs[rows], self.counts[rows], statistics)
 
     @classmethod
-    def empty(cls, n: int, width: int = 0) -> TeacherRows:
-        """`n` rows without entries."""
+    def empty(cls, n: int, width: int = 0, statistics: Collection[str] = ()) -> TeacherRows:
+        """`n` rows without entries, and with these statistics, all NaN."""
         ids = np.full((n, width), -1, np.int32)
-        return cls(ids, np.zeros((n, width), np.float32), np.zeros(n, np.int32))
+        unknown = {name: np.full(n, np.nan, np.float32) for name in statistics}
+        return cls(ids, np.zeros((n, width), np.float32), np.zeros(n, np.int32), unknown)
+
+    def put(self, row: int, rows: TeacherRows) -> None:
+        """Write `rows`, which are no wider, over those from `row` on."""
+        at, width = slice(row, row + len(rows)), rows.ids.shape[1]
+        self.ids[at, :width] = rows.ids
+        self.logprobs[at, :width] = rows.logprobs
+        self.counts[at] = rows.counts
+        for name, values in self.statistics.items():
+            values[at] = rows.statistics[name]
 
     @classmethod
     def concatenate(cls, parts: list[TeacherRows]) -> TeacherRows:

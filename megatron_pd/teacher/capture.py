@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_pd.data.windows import Batch
 from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
+from megatron_pd.errors import UserError
 from megatron_pd.ops import sparse_log_softmax
 from megatron_pd.store import TeacherRows
 
@@ -32,6 +33,7 @@ _CHUNK_TOKENS = 256
 class CapturedRows(NamedTuple):
     targets: TeacherTargets
     label_logprob: Tensor  # float32 [...], of the true next token
+    lse: Tensor  # float32 [...], log-sum-exp of the logits; not finite where they are no numbers
 
 
 def capture_rows(
@@ -74,7 +76,7 @@ def capture_rows(
         if statistics:
             entropy_T, std_T = _statistics(own_TV, lse_T, vocab_size, tp_group)
             rows = replace(rows, entropy=entropy_T, std=std_T)
-        parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1)))
+        parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1), lse_T))
 
     def join(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors).reshape(*leading, *tensors[0].shape[1:])
@@ -91,6 +93,7 @@ def capture_rows(
             join([rows.std for rows in targets if rows.std is not None]) if statistics else None,
         ),
         join([part.label_logprob for part in parts]),
+        join([part.lse for part in parts]),
     )
 
 
@@ -190,7 +193,19 @@ def uniforms_of(batch: Batch, seed: int, draws: int) -> torch.Tensor:
 
 
 def rows_of_windows(batch: Batch, captured: CapturedRows) -> list[TeacherRows]:
-    """The rows of each window's tokens, as the store takes them."""
+    """The rows of each window's tokens, as the store takes them.
+
+    Raises:
+        UserError: the logits of a token are not finite.
+    """
+    finite = torch.isfinite(captured.lse).cpu().numpy()
+    for row, window in enumerate(batch.windows):
+        if not finite[row, : window.length].all():
+            offset = window.start + int(np.argmin(finite[row, : window.length]))
+            raise UserError(
+                f"The teacher's logits at document {window.document}, offset {offset} hold NaN or "
+                "infinity. Check the checkpoint's weights, and the precision that it runs in."
+            )
     targets = captured.targets
     ids, logprobs, counts = (
         tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)

@@ -1,9 +1,10 @@
 """The teacher's offline pass: its rows of a corpus → the corpus's logit store.
 
 The corpus is split into shards of whole documents, which depend on the corpus alone. Every replica
-of the teacher takes shards in turn and writes them without talking to the others. A shard is dumped
-document group by document group; after each group its rows are durable, and a run that was stopped
-goes on after the last one, on any number of replicas.
+of the teacher claims shards as they come, by the lock of the shard's file, and no one waits for
+another: a replica that finds no shard left is done. A shard is dumped document group by document
+group; after each group its rows are durable, and a run that was stopped goes on after the last one,
+on any number of replicas.
 """
 
 import os
@@ -13,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_pd.data.corpus import MegatronCorpus
-from megatron_pd.data.windows import Window, batches_of, windows_of
-from megatron_pd.store import LogitStoreWriter, TeacherRows
+from megatron_pd.data.windows import batches_of, windows_of
+from megatron_pd.errors import UserError
+from megatron_pd.store import LogitStoreWriter, ShardInUseError, TeacherRows
 from megatron_pd.store.admin.merge import even_ranges
 from megatron_pd.teacher.dump_config import DumpConfig
 from megatron_pd.teacher.protocol import Teacher
@@ -27,22 +29,26 @@ _GROUP_TOKENS = 1 << 16
 def dump(teacher: Teacher, corpus: MegatronCorpus, path: str, config: DumpConfig) -> None:
     """Write the store of one corpus, or what is still missing of it. Every rank calls it.
 
+    It returns on a replica that finds no shard to write; others may still write theirs.
+
     Args:
-        path: of the store, a folder.
+        path: of the store, a folder on a file system whose locks (flock) hold on all machines.
     Raises:
         StoreError: the store there was begun with another corpus, teacher or configuration.
+        UserError: the teacher gave something that is no distribution.
     """
     lengths = corpus.document_lengths
-    shards = shards_of(lengths)[teacher.replica :: teacher.replicas]
+    shards = shards_of(lengths)
+    first = teacher.replica * len(shards) // teacher.replicas  # replicas begin far apart
     progress = tqdm(
-        total=int(sum(lengths[shard.start : shard.stop].sum() for shard in shards)),
+        total=int(lengths.sum()),
         desc=f"dump {os.path.basename(path)}",
         unit=" tokens",
         unit_scale=True,
         disable=not (teacher.writes and teacher.replica == 0),
     )
     with progress:
-        for documents in shards:
+        for documents in shards[first:] + shards[:first]:
             _dump_shard(teacher, corpus, path, documents, config, progress)
 
 
@@ -65,32 +71,21 @@ def _dump_shard(
     config: DumpConfig,
     progress: tqdm,
 ) -> None:
-    lengths = corpus.document_lengths
-    writer = _open_writer(teacher, corpus, path, documents, config) if teacher.writes else None
-    durable = teacher.share(
-        None if writer is None else np.array([writer.written(d) for d in documents], np.int64)
-    )
-    assert config.overlap is not None
+    lengths = corpus.document_lengths[documents.start : documents.stop]
+    writer = _claim(teacher, corpus, path, documents, config) if teacher.writes else None
+    found = None
+    if teacher.writes:
+        # A shard that another replica writes is as good as written.
+        found = lengths if writer is None else _durable_rows(writer)
+    durable = teacher.share(found)
     try:
-        for group in _document_groups(lengths, documents):
-            windows = [
-                window
-                for document in group
-                for window in windows_of(
-                    document, int(lengths[document]), config.sequence_length, config.overlap
-                )
-                if window.start + window.length > durable[document - documents.start]
-            ]
-            rows = _rows_of(teacher, corpus, windows, config)
-            if writer is not None:
-                for document in group:
-                    done = int(durable[document - documents.start])
-                    _append(writer, document, rows.get(document, []), done)
-                    if done < lengths[document]:
-                        last = int(lengths[document]) - 1
-                        writer.append(document, last, _last_row(config))
-                writer.flush()
-            progress.update(int(lengths[group.start : group.stop].sum()))
+        for group in _document_groups(lengths):
+            if (durable[group] < lengths[group]).any():
+                rows = _rows_of(teacher, corpus, documents[group], durable[group], config)
+                if writer is not None:
+                    _append(writer, documents[group], lengths[group], durable[group], rows)
+                    writer.flush()
+            progress.update(int(lengths[group].sum()))
         if writer is not None:
             writer.close()
     finally:
@@ -98,38 +93,70 @@ def _dump_shard(
             writer.abandon()
 
 
-def _open_writer(
+def _claim(
     teacher: Teacher, corpus: MegatronCorpus, path: str, documents: range, config: DumpConfig
-) -> LogitStoreWriter:
-    return LogitStoreWriter(
-        path,
-        vocab_size=teacher.vocab_size,
-        document_lengths=corpus.document_lengths,
-        metadata={**teacher.identity, **config.identity},
-        kind="sampled" if config.sampled else "top",
-        draws=config.sampled or 0,
-        codec=config.codec,
-        value_bits=config.value_bits,
-        corpus=corpus,
-        documents=documents,
-    )
+) -> LogitStoreWriter | None:
+    """The shard's writer; None where another process writes it."""
+    try:
+        return LogitStoreWriter(
+            path,
+            vocab_size=teacher.vocab_size,
+            document_lengths=corpus.document_lengths,
+            metadata={**teacher.identity, **config.identity},
+            kind="sampled" if config.sampled else "top",
+            draws=config.sampled or 0,
+            codec=config.codec,
+            value_bits=config.value_bits,
+            corpus=corpus,
+            documents=documents,
+        )
+    except ShardInUseError:
+        return None
 
 
-def _document_groups(lengths: np.ndarray, documents: range) -> Iterator[range]:
+def _durable_rows(writer: LogitStoreWriter) -> np.ndarray:
+    return np.array([writer.written(document) for document in writer.documents], np.int64)
+
+
+def _document_groups(lengths: np.ndarray) -> Iterator[slice]:
     """Consecutive documents of about _GROUP_TOKENS tokens: in memory, and durable, at once."""
-    start, tokens = documents.start, 0
-    for document in documents:
-        tokens += int(lengths[document])
-        if tokens >= _GROUP_TOKENS or document == documents.stop - 1:
-            yield range(start, document + 1)
-            start, tokens = document + 1, 0
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(lengths):
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + _GROUP_TOKENS)) + 1
+        yield slice(start, min(stop, len(lengths)))
+        start = stop
 
 
 def _rows_of(
-    teacher: Teacher, corpus: MegatronCorpus, windows: list[Window], config: DumpConfig
-) -> dict[int, list[tuple[int, TeacherRows]]]:
-    """Document → (offset, rows) of its windows' own tokens; empty unless this rank writes."""
-    rows: dict[int, list[tuple[int, TeacherRows]]] = {}
+    teacher: Teacher,
+    corpus: MegatronCorpus,
+    documents: range,
+    durable: np.ndarray,
+    config: DumpConfig,
+) -> TeacherRows:
+    """The rows of all tokens of these documents, one document after another.
+
+    Rows that are durable already may be left empty, and each document's last row is; on ranks that
+    don't write all are.
+
+    Args:
+        durable: int64 [documents], rows of each document that needn't be computed.
+    """
+    assert config.overlap is not None
+    lengths = corpus.document_lengths[documents.start : documents.stop]
+    starts = np.cumsum(lengths) - lengths
+    windows = [
+        window
+        for document, length, done in zip(
+            documents, lengths.tolist(), durable.tolist(), strict=True
+        )
+        if done < length
+        for window in windows_of(document, length, config.sequence_length, config.overlap)
+        if window.start + window.length > done
+    ]
+    found: list[tuple[int, TeacherRows]] = []
     for batch in batches_of(
         corpus,
         windows,
@@ -142,21 +169,34 @@ def _rows_of(
             continue
         for window, window_rows in zip(batch.windows, rows_of_batch, strict=True):
             own = window_rows[window.keep - window.start :]
-            rows.setdefault(window.document, []).append((window.keep, own))
+            _check_taught(teacher, window.document, window.keep, own)
+            found.append((int(starts[window.document - documents.start]) + window.keep, own))
+    width = max((part.ids.shape[1] for _, part in found), default=0)
+    rows = TeacherRows.empty(int(lengths.sum()), width, config.row_statistics)
+    for row, part in found:
+        rows.put(row, part)
     return rows
 
 
+def _check_taught(teacher: Teacher, document: int, offset: int, rows: TeacherRows) -> None:
+    """A window's tokens all have a next one, so each has a distribution."""
+    if len(empty := np.flatnonzero(rows.counts == 0)):
+        raise UserError(
+            f"{teacher.identity.get('teacher', 'The teacher')} gives no distribution at document "
+            f"{document}, offset {offset + int(empty[0])}: its probabilities are not numbers or "
+            "all 0. Check its weights, and the precision that it runs in."
+        )
+
+
 def _append(
-    writer: LogitStoreWriter, document: int, parts: list[tuple[int, TeacherRows]], durable: int
+    writer: LogitStoreWriter,
+    documents: range,
+    lengths: np.ndarray,
+    durable: np.ndarray,
+    rows: TeacherRows,
 ) -> None:
-    """Append a document's rows in order, from the first that is not durable."""
-    for offset, rows in sorted(parts, key=lambda part: part[0]):
-        skip = max(0, durable - offset)
-        writer.append(document, offset + skip, rows[skip:])
-
-
-def _last_row(config: DumpConfig) -> TeacherRows:
-    """A document's last row, which predicts nothing, with the statistics that all rows have."""
-    empty = TeacherRows.empty(1)
-    unknown = {name: np.full(1, np.nan, np.float32) for name in config.row_statistics}
-    return TeacherRows(empty.ids, empty.logprobs, empty.counts, unknown)
+    start = 0
+    for document, length, done in zip(documents, lengths.tolist(), durable.tolist(), strict=True):
+        if done < length:
+            writer.append(document, done, rows[start + done : start + length])
+        start += length

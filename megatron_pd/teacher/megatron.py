@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_pd.megatron.inference import ForwardOnlyModel, finish, load_model
+from megatron_pd.megatron.inference import ForwardOnlyModel, load_model
 
 # isort: split
 # Megatron may be imported only after megatron.inference has prepared the device.
@@ -45,8 +45,7 @@ def main() -> int:
     for prefix in training_prefixes(model.args):
         path = model.args.dump_store or store_path_of(prefix)
         dump(teacher, MegatronCorpus(prefix), path, config)
-    finish()
-    return 0
+    return 0  # without a word to the other replicas, which may go on for hours
 
 
 def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -116,7 +115,12 @@ class MegatronTeacher:
             statistics=config.statistics,
         )
         captured = self._model.run(batch, capture)
-        return rows_of_windows(batch, captured) if self.writes else None
+        if not self.writes:
+            return None
+        try:
+            return rows_of_windows(batch, captured)
+        except UserError as error:
+            raise UserError(f"{self.identity['teacher']}: {error}") from None
 
     def share(self, values: np.ndarray | None) -> np.ndarray:
         """See `Teacher.share`."""

@@ -1,18 +1,24 @@
 """Any teacher can fill a store: a dump with one that is neither Megatron's nor a neural model."""
 
+import multiprocessing
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_pd.data.corpus import MegatronCorpus
-from megatron_pd.data.windows import Batch
+from megatron_pd.data.windows import Batch, Window
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore, StoreError, TeacherRows
+from megatron_pd.store.admin.merge import even_ranges
 from megatron_pd.teacher import dump as dump_module
+from megatron_pd.teacher.capture import capture_rows, rows_of_windows
 from megatron_pd.teacher.dump import dump
 from megatron_pd.teacher.dump_config import DumpConfig
 from megatron_pd.teacher.fingerprint import content_fingerprint
@@ -82,8 +88,10 @@ def config() -> DumpConfig:
     return DumpConfig(sequence_length=8, batch_size=3, overlap=3, top_p=1.0, top_k=5, codec="exact")
 
 
-def random_teacher(**options: Any) -> BigramTeacher:
-    return BigramTeacher(np.random.default_rng().normal(size=(VOCAB_SIZE, VOCAB_SIZE)), **options)
+def random_teacher(table: np.ndarray | None = None, **options: Any) -> BigramTeacher:
+    if table is None:
+        table = np.random.default_rng().normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+    return BigramTeacher(table, **options)
 
 
 def assert_store_is_the_teachers(
@@ -133,6 +141,83 @@ def test_a_stopped_dump_goes_on_and_only_with_the_same_teacher(
     whole = random_teacher()
     dump(whole, corpus, str(tmp_path / "whole.pd"), config)
     assert again.tokens < whole.tokens
+
+
+class SlowTeacher(BigramTeacher):
+    """One of two replicas; counts the tokens it was given, and waits `delay` seconds a batch."""
+
+    replicas = 2
+
+    def __init__(self, table: np.ndarray, replica: int, delay: float) -> None:
+        super().__init__(table)
+        self.replica = replica
+        self._delay = delay
+
+    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
+        time.sleep(self._delay)
+        return super().run(batch, config)
+
+
+def test_a_fast_replica_takes_what_a_slow_one_leaves(
+    tmp_path: Path,
+    corpus: MegatronCorpus,
+    documents: list[np.ndarray],
+    config: DumpConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither waits for the other; every shard is written once."""
+    monkeypatch.setattr(dump_module, "shards_of", lambda lengths: even_ranges(lengths, 13))
+    path = str(tmp_path / "corpus.pd")
+    table = np.random.default_rng().normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+    tokens = multiprocessing.get_context("fork").Array("q", 2)
+
+    def replica(number: int, delay: float) -> None:
+        teacher = SlowTeacher(table, number, delay)
+        dump(teacher, corpus, path, config)
+        tokens[number] = teacher.tokens
+
+    processes = [
+        multiprocessing.get_context("fork").Process(target=replica, args=arguments)
+        for arguments in ((0, 0.02), (1, 0.4))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_store_is_the_teachers(LogitStore(path), random_teacher(table), documents, config)
+    whole = random_teacher(table)
+    dump(whole, corpus, str(tmp_path / "whole.pd"), config)
+    assert tokens[0] + tokens[1] == whole.tokens
+    assert tokens[0] > tokens[1] > 0
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_teacher_whose_numbers_are_none_is_refused_where_they_arise(
+    tmp_path: Path,
+    corpus: MegatronCorpus,
+    documents: list[np.ndarray],
+    config: DumpConfig,
+    wrong: float,
+) -> None:
+    class Broken(BigramTeacher):
+        def rows_of(self, tokens: np.ndarray, *rest: Any) -> TeacherRows:
+            rows = super().rows_of(tokens, *rest)
+            rows.counts[tokens == documents[5][3]] = 0
+            return rows
+
+    teacher = Broken(np.random.default_rng().normal(size=(VOCAB_SIZE, VOCAB_SIZE)))
+    with pytest.raises(UserError, match=r"bigram gives no distribution at document \d+, offset"):
+        dump(teacher, corpus, str(tmp_path / "corpus.pd"), config)
+    logits = torch.randn(1, 4, VOCAB_SIZE)
+    logits[0, 2, 7] = wrong
+    batch = Batch(
+        [Window(11, 20, 4, 21)], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4).long()
+    )
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    captured = capture_rows(logits, batch.labels, top_k=5, vocab_size=VOCAB_SIZE, tp_group=group)
+    with pytest.raises(UserError, match="document 11, offset 22 hold NaN or infinity"):
+        rows_of_windows(batch, captured)
 
 
 @pytest.mark.parametrize(
