@@ -1,9 +1,11 @@
 """Mistakes in what the user gave, and how a command reports them."""
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = ["UserError", "reporting_errors"]
 
@@ -16,13 +18,32 @@ class UserError(ValueError):
 def reporting_errors() -> Iterator[None]:
     """A `UserError` raised inside becomes one sentence on stderr, and exit status 2.
 
-    Under torchrun only the first process of each node speaks.
+    Under torchrun the processes of a machine say each different sentence once, with the rank that
+    came first.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if _is_first_to_say(str(error)):
+            rank = os.environ.get("RANK", "0")
+            where = "" if rank == "0" else f" (rank {rank})"
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_first_to_say(sentence: str) -> bool:
+    """Whether no other process of this machine's torchrun has said it, by a file beside those in
+    which torchrun collects its workers' errors: ATTEMPT/RANK/error.json."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    name = f"said-{hashlib.blake2b(sentence.encode(), digest_size=8).hexdigest()}"
+    try:
+        (Path(error_file).parents[1] / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # rather twice than never
+    return True

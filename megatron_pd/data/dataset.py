@@ -20,6 +20,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd.distill.targets import TeacherTargets
+from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore
 
 __all__ = [
@@ -96,12 +97,23 @@ class PDGPTDataset(GPTDataset):
             {name: arrays[name][:rows] for name in names},
         )
         for name in names:
-            # Rows without a teacher have no statistic; any number will do, but NaN would spread.
-            np.nan_to_num(arrays[name], copy=False, nan=1.0)
+            self._fill_untaught(arrays[name], arrays["counts"], name, idx)
         sample_rows: dict[str, Any] = targets.to_sample()
         if self.config.teacher_timed:
             sample_rows[ROWS_SECONDS] = time.perf_counter() - begin
         return sample_rows
+
+    def _fill_untaught(
+        self, values: np.ndarray, counts: np.ndarray, name: str, sample: int
+    ) -> None:
+        """Rows without a teacher have no statistic; any number will do there, NaN would spread."""
+        if not np.isfinite(values[counts > 0]).all():
+            raise UserError(
+                f"{self.config.stores[self.dataset_path]}: a row of training sample {sample} has "
+                f"no {name!r}, which --pd-adaptive-temperature reads. Dump the teacher again with "
+                "--dump-statistics, or choose wttm or a fixed --pd-temperature."
+            )
+        values[counts == 0] = 1.0
 
 
 def dataset_fields(args: Any) -> dict[str, Any]:

@@ -74,6 +74,20 @@ class LogitStore:
         }
         return tuple(name for bit, name in enumerate(STATISTICS) if bit in present)
 
+    def documents_without(self, statistic: str) -> list[range]:
+        """The documents of the shards that have entries but not this statistic of them."""
+        bit = STATISTICS.index(statistic)
+        return [
+            shard.documents
+            for shard in self._shards
+            if shard.footer.entries and not shard.footer.statistics >> bit & 1
+        ]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether every shard holds digests of its corpus's tokens."""
+        return all(shard.header.bound for shard in self._shards)
+
     @property
     def codecs(self) -> set[str]:
         """The codecs of its shards: one, unless it was put together from several stores."""

@@ -36,7 +36,7 @@ from megatron_pd.train.resolved_config import (
     resolved_config,
     resolved_config_of_checkpoint,
 )
-from megatron_pd.train.teacher_data import open_teacher_data
+from megatron_pd.train.teacher_data import check_same_everywhere, open_teacher_data
 
 __all__ = ["main"]
 
@@ -152,6 +152,7 @@ def _provide_datasets(
         dataset_class, config = GPTDataset, GPTDatasetConfig(**fields)
     else:
         print_timer(get_timers(), ROWS_TIMER)  # there are no timers before pretrain()
+        check_same_everywhere(distillation.data)  # nor could the ranks talk to each other
         dataset_class = PDGPTDataset
         config = PDGPTDatasetConfig(
             **fields,

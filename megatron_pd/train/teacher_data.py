@@ -1,9 +1,11 @@
 """The teacher data of a training run: one logit store per training corpus, checked against it."""
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_pd.data.corpus import (
@@ -15,8 +17,12 @@ from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore
+from megatron_pd.store.admin.scan import sampled_documents
 
-__all__ = ["TeacherData", "open_teacher_data"]
+__all__ = ["TeacherData", "check_same_everywhere", "open_teacher_data"]
+
+_FEW_TAUGHT = 0.01
+_SAMPLED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,16 @@ class TeacherData:
     statistic: str | None
     """The per-row statistic that training reads too: PDConfig.row_statistic."""
 
+    identities: tuple[tuple[str, str], ...]
+    """(path, store id) of every store."""
+
 
 def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
     """Find and check the store of every training corpus.
 
-    Every rank opens the stores, which reads kilobytes; the first also compares them with the
-    corpora, by a sample of their tokens.
+    Every rank opens the stores, which reads kilobytes; the first of each machine also compares them
+    with the corpora there, by a sample of their tokens. `check_same_everywhere` does the rest, once
+    the ranks can talk to each other.
 
     Raises:
         UserError: a store that is missing, incomplete, or of another corpus, tokenizer or
@@ -50,22 +60,40 @@ def open_teacher_data(args: Any, config: PDConfig) -> TeacherData:
         )
     tokenizer = build_tokenizer(args)
     columns = 0
+    identities = []
     for prefix, path in zip(prefixes, paths, strict=True):
         corpus = MegatronCorpus(prefix)
         store = _open_store(prefix, path)
         _check_tokenizer(store, path, tokenizer)
         _check_kind(store, path, config)
         _check_statistic(store, path, config)
-        if int(os.environ.get("RANK", "0")) == 0:
+        _check_entries(store, path)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             store.check_corpus(corpus)
-            for note in _truncation_notes(store, path, config):
+        if int(os.environ.get("RANK", "0")) == 0:
+            for note in _notes(store, path, config):
                 print(note, flush=True)
+        identities.append((path, f"{store.store_id:016x}"))
         columns = max(columns, store.max_count)
     if config.top_k is not None:
         columns = min(columns, config.top_k)
     return TeacherData(
-        dict(zip(prefixes, paths, strict=True)), columns, statistic=config.row_statistic
+        dict(zip(prefixes, paths, strict=True)), columns, config.row_statistic, tuple(identities)
     )
+
+
+def check_same_everywhere(data: TeacherData) -> None:
+    """Raise UserError, on all ranks, where some rank reads other stores than the first one."""
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, (socket.gethostname(), data.identities))
+    for rank, (host, identities) in enumerate(ranks):
+        for (path, here), (_, there) in zip(identities, ranks[0][1], strict=True):
+            if here != there:
+                raise UserError(
+                    f"{path} on {host} (rank {rank}) is another store, id {here}, than the one "
+                    f"that rank 0 reads, id {there}: copy the same store to every machine, or put "
+                    "it on a shared file system."
+                )
 
 
 def _open_store(prefix: str, path: str) -> LogitStore:
@@ -106,9 +134,28 @@ def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
         )
 
 
-def _truncation_notes(store: LogitStore, path: str, config: PDConfig) -> list[str]:
-    """Where the configuration, perhaps by its recipe, asks for more than the store holds."""
+def _check_entries(store: LogitStore, path: str) -> None:
+    if store.num_entries == 0:
+        raise UserError(
+            f"{path} holds no entry at all, so there is nothing to distil from: was the teacher's "
+            "output not finite? Dump it again, or train without --pd-* flags."
+        )
+
+
+def _notes(store: LogitStore, path: str, config: PDConfig) -> list[str]:
+    """What is allowed and perhaps not meant: few tokens with a teacher, a store that can't be
+    compared with its corpus, a configuration that asks for more than the store holds."""
     notes = []
+    if (share := _taught_share(store)) < _FEW_TAUGHT:
+        notes.append(
+            f"warning: about {share:.2%} of the tokens of {path} have a teacher; all others train "
+            "on the LM loss alone. `megatron-pd stats` counts them."
+        )
+    if not store.is_bound:
+        notes.append(
+            f"note: {path} holds no digests of its corpus's tokens, so only the documents' lengths "
+            "could be compared; `megatron-pd convert from-parquet --corpus` makes a bound store."
+        )
     for name, limit in (("top-p", config.top_p), ("top-k", config.top_k)):
         stored = store.metadata.get(name.replace("-", "_"))
         if limit is not None and stored is not None and limit > stored:
@@ -119,11 +166,21 @@ def _truncation_notes(store: LogitStore, path: str, config: PDConfig) -> list[st
     return notes
 
 
+def _taught_share(store: LogitStore) -> float:
+    """About which share of the tokens has a teacher, from a sample of the documents."""
+    taught = rows = 0
+    for document in sampled_documents(store, _SAMPLED_ROWS).tolist():
+        counts = store.read(document, 0, min(store.document_length(document), 4096)).counts
+        taught, rows = taught + int((counts > 0).sum()), rows + len(counts)
+    return taught / max(1, rows)
+
+
 def _check_statistic(store: LogitStore, path: str, config: PDConfig) -> None:
     statistic = config.row_statistic
-    if statistic is not None and statistic not in store.read(0, 0, 1).statistics:
+    if statistic is not None and (lacking := store.documents_without(statistic)):
         raise UserError(
-            f"{path} has no statistic {statistic!r}, which --pd-adaptive-temperature "
-            f"{config.adaptive_temperature} reads for every row: dump the teacher again with "
-            "--dump-statistics, or choose wttm or a fixed --pd-temperature."
+            f"{path}: documents {lacking[0].start} to {lacking[0].stop - 1} have no statistic "
+            f"{statistic!r}, which --pd-adaptive-temperature {config.adaptive_temperature} reads "
+            "for every row: dump the teacher again with --dump-statistics, or choose wttm or a "
+            "fixed --pd-temperature."
         )

@@ -34,6 +34,7 @@ MODULES = (
     "megatron_pd.teacher.megatron",
     "logits_job",
     "prefetch_job",
+    "second_node_job",
     "validate_job",
 )
 TIMEOUT_S = 240

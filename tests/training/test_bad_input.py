@@ -1,5 +1,6 @@
 """Whatever is wrong with the flags or files stops a run before training, with one sentence."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from jobs import (
 def assert_refused(outcome: Outcome, *words: str) -> None:
     assert all(outcome.statuses), outcome.log[-2000:]
     assert "Traceback" not in outcome.log, outcome.log[-4000:]
-    error = outcome.log[outcome.log.rindex("error: ") :]
+    error = re.split(r"\nerror(?: \(rank \d+\))?: ", "\n" + outcome.log)[-1]
     for word in words:
         assert word in error, error
 
@@ -189,6 +190,6 @@ def test_the_command_itself_under_torchrun(world: World) -> None:
         cwd=ROOT,
     )
     assert found.returncode != 0
-    assert found.stderr.count("error: ") == 1
+    assert len(re.findall(r"^error(?: \(rank 1\))?: ", found.stderr, re.MULTILINE)) == 1
     assert str(world.folder / "nowhere") in found.stderr
     assert "elapsed time per iteration" not in found.stdout
