@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["UserError", "reporting_errors"]
+
+_GRACE_SECONDS = 1  # torchrun ends all others when one exits; they may have something to say too
 
 
 class UserError(ValueError):
@@ -28,6 +31,8 @@ def reporting_errors() -> Iterator[None]:
             rank = os.environ.get("RANK", "0")
             where = "" if rank == "0" else f" (rank {rank})"
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(_GRACE_SECONDS)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

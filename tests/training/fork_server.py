@@ -35,6 +35,7 @@ MODULES = (
     "logits_job",
     "prefetch_job",
     "second_node_job",
+    "unsampled_job",
     "validate_job",
 )
 TIMEOUT_S = 240

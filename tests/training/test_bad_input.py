@@ -122,7 +122,7 @@ def test_truncated_store(world: World) -> None:
 
 
 def test_damaged_blocks(world: World) -> None:
-    """Nothing shows at the start: the sentence comes from the thread that fetches the rows."""
+    """Where nothing shows at the start, the sentence comes from the thread that fetches the rows."""
     store = world.folder / "damaged.pd"
     shutil.copytree(f"{world.corpus}.pd", store)
     shard = max(store.iterdir(), key=lambda file: file.stat().st_size)
@@ -130,7 +130,7 @@ def test_damaged_blocks(world: World) -> None:
     for byte in range(len(damaged) // 20, len(damaged) * 2 // 3, len(damaged) // 20):
         damaged[byte] ^= 1
     shard.write_bytes(damaged)
-    outcome = world.runner.run("megatron_pd.pretrain", world.training_flags("--pd-store", store))
+    outcome = world.runner.run("unsampled_job", world.training_flags("--pd-store", store))
     assert "before the start of training step" in outcome.log
     assert_refused(outcome, shard.name, "is damaged", "dump its documents again")
 
