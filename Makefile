@@ -8,9 +8,8 @@ SEED      ?= 1
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
-export PYTHON MEGATRON_PD_BUILD_CUDA
 
-.PHONY: demo test lint build clean
+.PHONY: demo test lint build bench clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -19,20 +18,19 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest
 
+# Where there is no git checkout, as in an sdist, nothing is tracked and both searches find nothing.
 lint: $(BUILT)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@! git ls-files -s 2>/dev/null | grep ^120000 || { echo "error: git tracks these links, which lead nowhere on another machine: git rm --cached them" >&2; exit 1; }
+	@! git ls-files -ci --exclude-per-directory=.gitignore 2>/dev/null | grep . || { echo "error: git tracks these files, which .gitignore names: git rm --cached them" >&2; exit 1; }
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 build: $(BUILT)
 
-# torch has to be there before the project: its headers are what the extension is built against.
-$(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || { python=$$(tools/find_python.sh) && "$$python" -m venv $(VENV); }
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > $(VENV)/build-requirements.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/build-requirements.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
-	touch $@
+# Looks at the environment each time: it may have broken since, or have come from elsewhere.
+$(INSTALLED): FORCE
+	@tools/set_up.sh $(VENV)
 
 $(BUILT): $(INSTALLED) setup.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -11,8 +11,12 @@ need their own flags, and setuptools compiles an editable install into a fresh t
 each time. So the compiler is called here: objects stay in build/, and one is compiled again only
 when its command line or a file it includes has changed.
 
+The operators run with the torch that they were compiled against and no other, so its version is
+written beside them, and megatron_pd.ops.library compares. tools/build_backend.py finds that torch.
+
 Environment: MEGATRON_PD_BUILD_CUDA=0|1|auto (default auto: build if it can be built), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), CXX, MAX_JOBS.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"; default: the GPUs that are here, or else A100, H100 and B200),
+CXX, MAX_JOBS.
 """
 
 import os
@@ -22,11 +26,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
+from setuptools.command.build import build as BuildAll
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -80,12 +88,13 @@ def x86_flags(path: Path) -> tuple[str, ...]:
 
 def torch_flags() -> tuple[list[str], list[str]]:
     """Compile and link flags of a library that uses torch's C++ operators."""
-    import torch
-
+    torch = supported_torch()
     folder = Path(torch.__file__).parent
     abi = int(torch.compiled_with_cxx11_abi())
     compile_flags = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-fopenmp"]
     compile_flags += [f"-isystem{folder / 'include'}"]
+    # Read by nobody: with another torch the command is another, and nothing old is linked.
+    compile_flags += [f"-DMEGATRON_PD_TORCH={torch.__version__}"]
     # torch's own OpenMP runtime carries the soname of the system's, so both are one at run time.
     return compile_flags, [f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-fopenmp"]
 
@@ -106,8 +115,9 @@ def operators_cuda() -> Library:
     toolkit = cuda_toolkit()
     compile_flags, link_flags = torch_flags()
     # Headers and libraries that a minimal toolkit lacks are in the wheels that torch depends on.
-    wheel = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{cuda_major(toolkit)}"
-    includes = [f"-isystem{path}" for path in (toolkit / "include", wheel / "include")]
+    wheels = Path(needed("torch").__file__).parents[1] / "nvidia"
+    folders = [toolkit / "include", *sorted(wheels.glob("*/include"))]
+    includes = [f"-isystem{path}" for path in folders]
     nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
     nvcc += ["--expt-relaxed-constexpr"]  # std::numeric_limits on the device
     nvcc += ["-ccbin", CXX[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -115,18 +125,23 @@ def operators_cuda() -> Library:
     host = (*CXX, *CXX_FLAGS, *compile_flags, *includes)
     sources = [Source(folder / "cuda" / "launch.cu", tuple(nvcc)) for folder in OPERATORS]
     sources += [Source(folder / "cuda" / "operators.cpp", host) for folder in OPERATORS]
-    runtime = [str(path) for path in sorted((wheel / "lib").glob("libcudart.so.*"))[:1]]
+    runtime = [str(path) for path in sorted(wheels.glob("*/lib/libcudart.so.*"))[:1]]
     runtime = runtime or [f"-L{toolkit / 'lib64'}", "-lcudart"]
     link_flags = [*link_flags, "-lc10_cuda", *runtime]
     return Library("megatron_pd.ops._operators_cuda", sources, link_flags)
 
 
 def logit_codec() -> Library:
-    import pybind11
-
+    pybind11 = needed("pybind11")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise SystemExit(
+            f"error: {headers / 'Python.h'} is missing: install Python's headers (Debian and "
+            f"Ubuntu: apt-get install python{sysconfig.get_python_version()}-dev)."
+        )
     folder = ROOT / "csrc" / "logit_codec"
     paths = sorted(folder.rglob("*.cpp"))
-    includes = (pybind11.get_include(), sysconfig.get_path("include"))
+    includes = (pybind11.get_include(), headers)
     compiler = (*CXX, *CXX_FLAGS, f"-I{folder}", *(f"-isystem{path}" for path in includes))
     return Library("megatron_pd.store._logit_codec", [Source(p, compiler) for p in paths])
 
@@ -139,6 +154,38 @@ def libraries() -> list[Library]:
         except CudaUnavailableError as error:
             report_no_cuda(error)
     return [library for library in found if library.sources]
+
+
+# --- what it is built against --------------------------------------------------------------------
+
+
+def needed(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise SystemExit(
+            f"error: {name} is needed to build megatron_pd and can't be imported ({error}). "
+            "Install it, or leave out --no-build-isolation."
+        ) from error
+
+
+def supported_torch() -> ModuleType:
+    """The torch that is here, never another: one that is too old is refused, not replaced."""
+    torch = needed("torch")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = next(d for d in project["dependencies"] if d.startswith("torch>=")).partition(">=")[2]
+    if release(torch.__version__) < release(oldest):
+        raise SystemExit(
+            f"error: torch {torch.__version__} is installed here, and megatron_pd needs {oldest} "
+            "or newer. Install a newer torch, or use another environment."
+        )
+    return torch
+
+
+def release(version: str) -> tuple[int, int]:
+    """(2, 10) for "2.10.0a0+b4e4ee8.nv25.12": a container's pre-release counts as the release."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 # --- CUDA ----------------------------------------------------------------------------------------
@@ -157,8 +204,7 @@ def report_no_cuda(error: Exception) -> None:
 
 def cuda_toolkit() -> Path:
     """The folder of nvcc and its headers, of the CUDA version that torch was built with."""
-    import torch
-
+    torch = needed("torch")
     if torch.version.cuda is None:
         raise CudaUnavailableError(f"torch {torch.__version__} is a build without CUDA.")
     home = os.environ.get("CUDA_HOME")
@@ -193,12 +239,27 @@ def cuda_major(toolkit: Path) -> str:
 
 
 def cuda_architectures(toolkit: Path) -> list[str]:
-    """As in TORCH_CUDA_ARCH_LIST; by default A100, H100 and, where nvcc knows it, B200."""
+    """As in TORCH_CUDA_ARCH_LIST; by default the GPUs that are here; where there are none, A100,
+    H100 and, if nvcc knows it, B200."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if wanted:
         return wanted.replace(";", " ").split()
     known = run_tool(str(toolkit / "bin" / "nvcc"), "--list-gpu-code").split()
-    return [arch for arch, code in CUDA_ARCHITECTURES.items() if code in known]
+    here = visible_architectures()
+    for arch in here:
+        if f"sm_{arch.replace('.', '')}" not in known:
+            raise CudaUnavailableError(
+                f"{toolkit / 'bin' / 'nvcc'} doesn't know the GPU that is here (compute capability "
+                f"{arch}): install another CUDA toolkit, or set TORCH_CUDA_ARCH_LIST."
+            )
+    return here or [arch for arch, code in CUDA_ARCHITECTURES.items() if code in known]
+
+
+def visible_architectures() -> list[str]:
+    """The compute capabilities of this machine's GPUs, such as ["9.0"]; [] without a GPU."""
+    cuda = needed("torch").cuda
+    devices = range(cuda.device_count()) if cuda.is_available() else ()
+    return sorted({"{}.{}".format(*cuda.get_device_capability(device)) for device in devices})
 
 
 def gencode(arch: str) -> list[str]:
@@ -248,7 +309,13 @@ def run_once(target: Path, command: list[str], inputs: list[Path]) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"building {target.relative_to(ROOT)}", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise BuildError(
+            f"the compiler {command[0]} isn't there: install it (Debian and Ubuntu: apt-get "
+            "install g++), or name another in CXX."
+        ) from error
     sys.stderr.write(done.stderr)
     if done.returncode != 0:
         raise BuildError(f"building {target.name} failed; the command was: {shlex.join(command)}")
@@ -283,9 +350,13 @@ def install(shared: Path, target: Path) -> None:
 
 
 class BuildLibraries(build_ext):
+    def run(self) -> None:
+        self.wanted = libraries()
+        super().run()
+
     def build_extensions(self) -> None:
         self.built: dict[str, Path] = {}
-        for library in LIBRARIES:
+        for library in self.wanted:
             try:
                 shared = self.built[library.name] = build(library)
             except BuildError as error:
@@ -294,6 +365,8 @@ class BuildLibraries(build_ext):
                 report_no_cuda(error)
             else:
                 install(shared, Path(self.get_ext_fullpath(library.name)))
+        operators = Path(self.get_ext_fullpath("megatron_pd.ops._operators"))
+        write_torch_version(operators.parent)
 
     def copy_extensions_to_source(self) -> None:
         for name in EXTENSION_NAMES:
@@ -302,14 +375,22 @@ class BuildLibraries(build_ext):
                 install(self.built[name], target)
             else:
                 target.unlink(missing_ok=True)  # an earlier build's, out of step with the rest
+        write_torch_version(ROOT / "megatron_pd" / "ops")
 
 
-LIBRARIES = libraries()
+def write_torch_version(folder: Path) -> None:
+    """Says which torch the operators in `folder` run with."""
+    (folder / "_operators.torch").write_text(needed("torch").__version__)
+
+
+class BuildFresh(BuildAll):
+    def run(self) -> None:
+        # A module that was moved since the last build would still be put into the wheel.
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
 
 setup(
-    ext_modules=[
-        Extension(library.name, [str(s.path.relative_to(ROOT)) for s in library.sources])
-        for library in LIBRARIES
-    ],
-    cmdclass={"build_ext": BuildLibraries},
+    ext_modules=[Extension(name, []) for name in EXTENSION_NAMES],
+    cmdclass={"build": BuildFresh, "build_ext": BuildLibraries},
 )

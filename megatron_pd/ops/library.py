@@ -16,6 +16,11 @@ _FOLDER = Path(__file__).parent
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _CPU_LIBRARY = _FOLDER / f"_operators{_SUFFIX}"
 _CUDA_LIBRARY = _FOLDER / f"_operators_cuda{_SUFFIX}"
+_TORCH_VERSION = _FOLDER / "_operators.torch"
+_HOW_TO_BUILD = (
+    "`make build`, or `pip install --no-build-isolation --force-reinstall --no-deps .` in the "
+    "project's folder"
+)
 
 
 def _load(library: Path) -> None:
@@ -23,22 +28,31 @@ def _load(library: Path) -> None:
         torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
-            f"{library} doesn't load with torch {torch.__version__}, probably because it was built "
-            "against another one. Build it again: `make build`, or `pip install "
-            f"--no-build-isolation -e .` in the project's folder. The loader said: {error}"
+            f"{library} doesn't load with torch {torch.__version__}. Build it again: "
+            f"{_HOW_TO_BUILD}. The loader said: {error}"
         ) from error
 
 
 def _load_libraries() -> None:
-    if not _CPU_LIBRARY.exists():
+    if not (_CPU_LIBRARY.exists() and _TORCH_VERSION.exists()):
         raise ImportError(
             f"The compiled operators of megatron_pd aren't built: {_CPU_LIBRARY} is missing. "
-            "Build them: `make build`, or `pip install --no-build-isolation -e .` in the "
-            "project's folder."
+            f"Build them: {_HOW_TO_BUILD}."
+        )
+    built_with = _TORCH_VERSION.read_text()
+    if _release(built_with) != _release(torch.__version__):
+        raise ImportError(
+            f"{_CPU_LIBRARY} was built against torch {built_with}, and this is torch "
+            f"{torch.__version__}, which it can't run with. Build it again: {_HOW_TO_BUILD}."
         )
     _load(_CPU_LIBRARY)
     if has_cuda_kernels():
         _load(_CUDA_LIBRARY)
+
+
+def _release(version: str) -> list[str]:
+    """["2", "11"] for "2.11.0+cu130": torch's C++ interface changes between minor versions."""
+    return version.split(".")[:2]
 
 
 def has_cuda_kernels() -> bool:
