@@ -1,10 +1,13 @@
 # make demo   the whole of pre-training distillation on this machine, in about ten minutes
 # make test   the test suite;   make lint   style and types;   make build   only the installation
-# Each sets up what it needs in .venv; a second call installs and compiles nothing.
+# make bench  each benchmark, small: ten minutes on two cores;   make bench DEVICE=cuda   on a GPU
+# Each sets up what it needs in .venv, or in `make VENV=/some/folder`; a second call installs and
+# compiles nothing. PYTHON=/path/to/python3.12 and CXX name other tools than those on PATH.
 
 VENV      := .venv
 BIN       := $(VENV)/bin
 SEED      ?= 1
+DEVICE    ?= cpu
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 SOURCES   := $(shell find csrc -type f 2>/dev/null)
@@ -26,6 +29,12 @@ lint: $(BUILT)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+bench: $(BUILT)
+	$(BIN)/python tools/benchmarks/bench_loss.py --quick --device $(DEVICE)
+	$(BIN)/python tools/benchmarks/bench_gpt_step.py --quick --device $(DEVICE)
+	$(BIN)/python tools/benchmarks/bench_store.py --quick
+	$(BIN)/python tools/benchmarks/bench_rows.py --quick
+
 build: $(BUILT)
 
 # Looks at the environment each time: it may have broken since, or have come from elsewhere.
@@ -37,5 +46,5 @@ $(BUILT): $(INSTALLED) setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build $(VENV) *.egg-info
-	find megatron_pd -name '*.so' -delete
+	rm -rf build dist $(VENV) *.egg-info
+	find megatron_pd '(' -name '*.so' -o -name '*.torch' ')' -delete

@@ -34,7 +34,7 @@ elif not importlib.util.find_spec("pip"):
 }
 
 usable() {
-    [ -e "$venv/pyvenv.cfg" ] && [ -z "$(problem)" ]
+    ! [ -L "$venv" ] && [ -e "$venv/pyvenv.cfg" ] && [ -z "$(problem)" ]
 }
 
 refuse_foreign() {
