@@ -122,7 +122,7 @@ def test_truncated_store(world: World) -> None:
 
 
 def test_damaged_blocks(world: World) -> None:
-    """Where nothing shows at the start, the sentence comes from the thread that fetches the rows."""
+    """Where nothing shows at the start, the thread that fetches the rows says it."""
     store = world.folder / "damaged.pd"
     shutil.copytree(f"{world.corpus}.pd", store)
     shard = max(store.iterdir(), key=lambda file: file.stat().st_size)

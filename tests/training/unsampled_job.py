@@ -1,4 +1,4 @@
-"""Job of the fork server: pre-training whose start reads no row, so that faults in rows come later."""
+"""Job of the fork server: pre-training whose start reads no row; faults in rows come later."""
 
 from megatron_pd import pretrain
 from megatron_pd.train import teacher_data
