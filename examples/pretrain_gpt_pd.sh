@@ -43,7 +43,8 @@ DATA_ARGS=(
 )
 OUTPUT_ARGS=(
     --save "${SAVE:?folder for checkpoints}" --load "$SAVE" --save-interval 500
-    --ckpt-fully-parallel-save
+    # Whatever TP, PP and DP the next run has, it can go on from such a checkpoint.
+    --dist-ckpt-optim-fully-reshardable
     --tensorboard-dir "$SAVE/tensorboard" --log-interval 10
     --eval-interval 500 --eval-iters 10
 )

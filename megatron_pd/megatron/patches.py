@@ -45,11 +45,13 @@ def print_timer(timers: Timers, name: str) -> None:
 def resume_distributed_optimizer() -> None:
     """Let `--use-distributed-optimizer` load its checkpoint without Apex and Transformer Engine.
 
-    With torch's own Adam, Megatron (1) reads the step from the optimizer's state before that
-    exists, and stops at an assertion; it fills the state with dummies itself in other places, and
-    what is loaded overwrites them. It (2) copies loaded values into views of the parameters, which
-    autograd refuses for float32 parameters unless it is off. It (3) loses the loaded step among
-    the parameters' states, so that the bias correction of a resumed run would be wrong.
+    With torch's own Adam, every parameter's state has a tensor "step", which Apex and Transformer
+    Engine keep in the parameter groups. Megatron (1) reads it from the state before that exists,
+    and stops at an assertion; it fills the state with dummies itself in other places, and what is
+    loaded overwrites them. It (2) looks for it among a parameter's loaded tensors, where most
+    formats have none (KeyError), and one has that of the dummies. It (3) gives one step tensor to
+    all parameters, each of which would count it up. It (4) copies loaded values into views of the
+    parameters, which autograd refuses for float32 parameters unless it is off.
     """
     optimizer = distrib_optimizer.DistributedOptimizer
     original = optimizer.sharded_state_dict
@@ -67,12 +69,19 @@ def resume_distributed_optimizer() -> None:
     load = optimizer.load_state_dict
 
     @functools.wraps(load)
-    @torch.no_grad()
     def load_state_dict(self: Any, state_dict: Any) -> None:
-        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
         load(self, state_dict)
         for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(step)
+            state["step"] = state["step"].clone()
+
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
+        # What is no tensor is left as it is: the step, which load_state_dict has set by now.
+        set_states(self, model_param, {**tensors, "step": None})
 
     optimizer.sharded_state_dict = sharded_state_dict
     optimizer.load_state_dict = load_state_dict
+    optimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

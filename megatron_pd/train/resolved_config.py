@@ -14,7 +14,7 @@ from typing import Any
 from megatron_pd.distill.config import PDConfig, flag_of
 from megatron_pd.distill.schedules import AlphaSchedule
 
-__all__ = ["changes", "resolved_config", "resolved_config_of_checkpoint"]
+__all__ = ["args_of_checkpoint", "changes", "resolved_config"]
 
 ResolvedConfig = Mapping[str, Any]
 """What is shown → a plain JSON value; flags that are unset are None."""
@@ -35,25 +35,28 @@ def resolved_config(
     return resolved
 
 
-def resolved_config_of_checkpoint(args: argparse.Namespace) -> ResolvedConfig | None:
-    """That of the checkpoint that `args.load` names; None where it had no distillation.
+def args_of_checkpoint(args: argparse.Namespace) -> argparse.Namespace | None:
+    """Megatron's arguments as the checkpoint that `args.load` names has them.
 
-    Raises:
-        LookupError: this run does not go on from a checkpoint.
+    Returns:
+        None where this run does not go on from a checkpoint. `pd_resolved` is the resolved config
+        of the run that saved it, None where it had no distillation.
     """
     # Importing Megatron needs a prepared device (megatron/cpu.py), which the rest here does not.
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     if args.load is None or args.finetune:
-        raise LookupError("a new run")
+        return None
     own = copy.copy(args)
     own.exit_on_missing_checkpoint = False  # Megatron exits itself, on all ranks, when it loads
     # It also adopts the checkpoint's model sizes into `own`, which it says in 60 lines.
     with contextlib.redirect_stdout(io.StringIO()):
         found = load_args_from_checkpoint(own)
     if not isinstance(found, tuple):
-        raise LookupError(f"{args.load} holds no checkpoint")
-    return getattr(found[1], "pd_resolved", None)
+        return None
+    saved: argparse.Namespace = found[1]
+    saved.pd_resolved = getattr(saved, "pd_resolved", None)
+    return saved
 
 
 def changes(old: ResolvedConfig | None, new: ResolvedConfig | None) -> list[str]:

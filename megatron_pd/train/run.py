@@ -32,9 +32,9 @@ from megatron_pd.megatron.patches import (
 )
 from megatron_pd.train.forward_step import Distillation, forward_step
 from megatron_pd.train.resolved_config import (
+    args_of_checkpoint,
     changes,
     resolved_config,
-    resolved_config_of_checkpoint,
 )
 from megatron_pd.train.teacher_data import check_same_everywhere, open_teacher_data
 
@@ -53,7 +53,9 @@ def main() -> int:
             distillation.config, distillation.schedule, distillation.total_samples
         )
     if int(os.environ.get("RANK", "0")) == 0:
-        print(_report(args), flush=True)
+        saved = args_of_checkpoint(args)
+        print(_report(args, saved), flush=True)
+        _check_layout(args, saved)
     skip_helpers_compilation()
     resume_distributed_optimizer()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -70,7 +72,7 @@ def main() -> int:
     return 0
 
 
-def _report(args: Any) -> str:
+def _report(args: Any, saved: Any | None) -> str:
     """What distillation does in this run, for the log, and what is new since its checkpoint."""
     if args.pd_resolved is None:
         lines = ["pre-training distillation: off"]
@@ -83,14 +85,29 @@ def _report(args: Any) -> str:
         ]
     if args.pd_recipe_set:
         lines.append(f"--pd-recipe {args.pd_recipe} set {', '.join(args.pd_recipe_set)}")
-    try:
-        changed = changes(resolved_config_of_checkpoint(args), args.pd_resolved)
-    except LookupError:
-        return "\n".join(lines)
+    changed = changes(saved.pd_resolved, args.pd_resolved) if saved is not None else []
     if changed:
         lines.append(f"distillation differs from that of the checkpoint in {args.load}:")
         lines += [f"  {change}" for change in changed]
     return "\n".join(lines)
+
+
+def _check_layout(args: Any, saved: Any | None) -> None:
+    """Megatron 0.19 names another flag than the one that a change of TP or PP needs."""
+    if saved is None or args.no_load_optim or not saved.use_distributed_optimizer:
+        return
+    layouts = [
+        (run.tensor_model_parallel_size, run.pipeline_model_parallel_size) for run in (saved, args)
+    ]
+    if layouts[0] != layouts[1] and not getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
+        raise UserError(
+            f"The checkpoint in {args.load} was saved with tensor and pipeline parallelism of "
+            f"{layouts[0][0]} and {layouts[0][1]}, this run has {layouts[1][0]} and "
+            f"{layouts[1][1]}, and its distributed optimizer's state fits the first alone: go on "
+            "in the old layout until a checkpoint was saved with "
+            "--dist-ckpt-optim-fully-reshardable, or give --no-load-optim to go on from the "
+            "weights with a new optimizer and learning rate."
+        )
 
 
 def _extra_arguments(parser):

@@ -1,5 +1,7 @@
 """One PD run, the same curves in every parallel layout, and after a stop and a resumption."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from jobs import LAYOUTS, PD_STAR, World
@@ -62,3 +64,42 @@ def test_resumed_run_has_the_curve_of_one_that_went_on(
             atol=1e-5,
             err_msg=tag,
         )
+
+
+RESHARDABLE = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+
+
+@pytest.fixture(scope="module")
+def stopped_at_tp2(world: World) -> Path:
+    """A checkpoint after three iterations with two tensor-parallel ranks."""
+    checkpoint = world.folder / "reshardable-tp2"
+    ranks, flags = LAYOUTS["tp2"]
+    saving = ("--save", checkpoint, "--save-interval", 3, "--exit-interval", 3)
+    world.train(*world.from_student(), *PD_STAR, *flags, *RESHARDABLE, *saving, ranks=ranks)
+    return checkpoint
+
+
+@pytest.mark.parametrize("layout", ["pp2", "dp2"])
+def test_resumed_run_in_another_layout_has_the_curve_of_one_that_went_on(
+    layout: str, world: World, stopped_at_tp2: Path, layout_curves: dict[str, dict[str, np.ndarray]]
+) -> None:
+    """Tensor, pipeline and data parallelism change, and the distributed optimizer goes on."""
+    ranks, flags = LAYOUTS[layout]
+    found = world.train("--load", stopped_at_tp2, *PD_STAR, *flags, *RESHARDABLE, ranks=ranks)
+    for tag in CURVES:
+        assert len(found[tag]) == 3
+        np.testing.assert_allclose(
+            found[tag], layout_curves["tp1"][tag][3:], rtol=0, atol=1e-4, err_msg=tag
+        )
+
+
+def test_resumed_run_of_the_torch_format_has_the_curve_of_one_that_went_on(world: World) -> None:
+    checkpoint = world.folder / "torch-format"
+    ranks, flags = LAYOUTS["dp2"]
+    flags = [*PD_STAR, *flags, "--ckpt-format", "torch"]
+    whole = world.train(*flags, "--save", checkpoint, "--save-interval", 3, ranks=ranks)
+    # Megatron's --ckpt-step does not reach the optimizer's file of this format.
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = world.train("--load", checkpoint, *flags, ranks=ranks)
+    for tag in CURVES:
+        np.testing.assert_allclose(resumed[tag], whole[tag][3:], rtol=0, atol=1e-5, err_msg=tag)
