@@ -94,6 +94,38 @@ def test_bad_lines_are_named(tmp_path, tokenizer, line, message):
     assert not list(tmp_path.glob("corpus*"))
 
 
+def test_input_without_text_is_named(tmp_path, tokenizer):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Grüße".encode("latin-1"))
+    empty = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
+    for path, message in (
+        (str(latin), "is not UTF-8 text"),
+        (empty, "No text was found in .*empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preprocess([path], str(tmp_path / "corpus"), tokenizer)
+    assert not list(tmp_path.glob("corpus*"))
+
+
+def test_blank_lines_are_no_documents(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "one"}\n\n  \n{"text": "two"}\n')
+    summary = preprocess([str(path)], str(tmp_path / "corpus"), tokenizer)
+    assert (summary.documents, summary.empty_documents) == (2, 0)
+
+
+def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path, texts):
+    folder = str(tmp_path / "tokenizer")
+    tokenizer = byte_level_bpe(texts, 300)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(UserError, match="no end-of-document token"):
+        preprocess(
+            [path], str(tmp_path / "corpus"), tokenizer_config("HuggingFaceTokenizer", folder)
+        )
+
+
 def test_missing_input_and_tokenizer(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"nothing\.jsonl does not exist"):
         preprocess([str(tmp_path / "nothing.jsonl")], str(tmp_path / "corpus"), tokenizer)
@@ -134,3 +166,22 @@ def test_too_little_text_for_the_vocabulary(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["tiny"])
     with pytest.raises(UserError, match="--vocab-size"):
         train_tokenizer([path], str(tmp_path / "t.model"), 5000)
+
+
+def test_tokenizer_learns_from_the_first_bytes_alone(tmp_path, texts):
+    first, second = "".join(texts), "".join(reversed(texts)).replace("return", "yield")
+    vocabularies = []
+    for name, documents, limit in (
+        ("a", [first], 1 << 20),
+        ("b", [first, second], 100),
+        ("c", [first, second], 1 << 20),
+    ):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", documents)
+        train_tokenizer([path], str(tmp_path / f"{name}.model"), 330, max_bytes=limit)
+        vocabularies.append((tmp_path / f"{name}.vocab").read_text())
+    assert vocabularies[0] == vocabularies[1] != vocabularies[2]
+
+
+def test_a_tokenizer_is_a_model_file(tmp_path):
+    with pytest.raises(UserError, match=r"t\.json: a sentencepiece model ends in \.model"):
+        train_tokenizer([write_jsonl(tmp_path / "a.jsonl", ["x"])], str(tmp_path / "t.json"), 300)

@@ -21,11 +21,11 @@ from megatron_pd.megatron.arguments import (
 RUN = "--train-iters 1000 --global-batch-size 8 --lr 1e-3".split()
 
 
-def parse(monkeypatch, *flags: str) -> argparse.Namespace:
+def parse(monkeypatch, *flags: str, run: list[str] = RUN) -> argparse.Namespace:
     cpu.install()
     from megatron.training.arguments import parse_args
 
-    monkeypatch.setattr("sys.argv", ["pretrain", *RUN, *flags])
+    monkeypatch.setattr("sys.argv", ["pretrain", *run, *flags])
     return parse_args(add_pd_arguments)
 
 
@@ -163,6 +163,30 @@ def test_alpha_follows_the_learning_rates_phases(monkeypatch):
     )
     # warmup is a share of --lr-decay-iters; all is over half way
     assert alphas(args, 0.05, 0.1, 0.4, 0.45, 0.5, 1.0) == pytest.approx([0.5, 1, 1, 0.5, 0, 0])
+
+
+def test_alpha_follows_a_learning_rate_in_samples(monkeypatch):
+    """What --train-iters 1000 at a batch of 8 has in iterations, --train-samples has in samples."""
+    in_samples = "--train-samples 8000 --global-batch-size 8 --lr 1e-3".split()
+    wsd = "--pd-alpha 1.0 --pd-alpha-schedule wsd --lr-decay-style WSD".split()
+    wsd += "--lr-wsd-decay-style linear".split()
+    args = parse(
+        monkeypatch, *wsd, *"--lr-warmup-samples 1600 --lr-wsd-decay-samples 3200".split(),
+        run=in_samples,
+    )  # fmt: skip
+    assert total_samples(args) == 8000
+    assert alphas(args, 0, 0.1, 0.2, 0.6, 0.8, 1.0) == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
+    args = parse(
+        monkeypatch,
+        *wsd,
+        *"--lr-warmup-fraction 0.2 --lr-decay-samples 4000 --lr-wsd-decay-samples 800".split(),
+        run=in_samples,
+    )
+    assert alphas(args, 0.05, 0.1, 0.4, 0.45, 0.5, 1.0) == pytest.approx([0.5, 1, 1, 0.5, 0, 0])
+    args = parse(monkeypatch, "--pd-recipe", "pd-star", run=in_samples)
+    assert (args.lr_warmup_fraction, args.lr_wsd_decay_samples) == (0.1, 80)
+    assert args.lr_wsd_decay_iters is None
+    assert alphas(args, 0.05, 0.1, 0.99, 0.995, 1.0) == pytest.approx([0.45, 0.9, 0.9, 0.45, 0])
 
 
 def test_alpha_has_its_own_phases_where_it_is_told(monkeypatch):

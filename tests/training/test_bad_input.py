@@ -44,6 +44,15 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--pd-alpha-schedule", "wsd", "--pd-alpha-warmup", "40", "--pd-alpha-decay", "9"],
         ("--pd-alpha-warmup", "train longer"),
     ),
+    "random tokens": (["--pd", "--mock-data"], ("--mock-data", "--data-path")),
+    "Megatron's own cached logits": (
+        ["--pd", "--logits-load-dir", "logits"],
+        ("--logits-load-dir", "drop the flag"),
+    ),
+    "more stores than corpora": (
+        ["--pd-store", "a.pd", "b.pd"],
+        ("2 stores for 1 training corpora", "--pd-store"),
+    ),
     "sequence parallelism on a CPU": (
         ["--pd", "--sequence-parallel"],
         ("--sequence-parallel", "CPU"),
@@ -111,6 +120,16 @@ def test_store_of_the_other_kind(world: World, sampled_store: Path) -> None:
         assert_refused(outcome, *words)
 
 
+def test_store_without_the_statistic_that_a_temperature_reads(
+    world: World, teacher: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "plain.pd"
+    world.dump(teacher, "--dump-store", store)
+    flags = ["--pd-store", store, "--pd-adaptive-temperature", "normkd"]
+    outcome = world.runner.run("megatron_pd.pretrain", world.training_flags(*flags))
+    assert_refused(outcome, str(store), "'std'", "--dump-statistics")
+
+
 def test_truncated_store(world: World) -> None:
     store = world.folder / "truncated.pd"
     shutil.copytree(f"{world.corpus}.pd", store)
@@ -158,6 +177,12 @@ def test_evaluate_flags(world: World, teacher: Path) -> None:
         argv = ["evaluate", *world.dump_flags(teacher, "--evaluate-overlap", overlap)]
         outcome = world.runner.run("megatron_pd.cli", argv)
         assert_refused(outcome, f"--evaluate-overlap is {overlap}", "--seq-length (64)")
+
+
+def test_replicas_that_would_wait_for_each_other(world: World, teacher: Path) -> None:
+    argv = ["evaluate", *world.dump_flags(teacher, "--expert-model-parallel-size", 2)]
+    outcome = world.runner.run("megatron_pd.cli", argv, ranks=2)
+    assert_refused(outcome, "--expert-model-parallel-size 2", "--pipeline-model-parallel-size")
 
 
 @pytest.mark.parametrize("command", ["dump", "evaluate"])
