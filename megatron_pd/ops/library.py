@@ -1,7 +1,8 @@
 """Loads the compiled operators `torch.ops.megatron_pd.*` and tells torch their shapes.
 
 The CPU library defines the operators; the CUDA library, built where nvcc was found, adds kernels to
-them. Legend: S, B leading dimensions of the logits; T = S·B rows; V columns; K ids per row.
+them. Legend: S, B leading dimensions of the logits; T = S·B rows; V this rank's
+vocabulary; K ids per row.
 """
 
 import sysconfig

@@ -18,7 +18,7 @@ def sparse_log_softmax_reference(
         logits: [..., V], any floating dtype.
         ids: [..., K] integer ids below `vocab_size`, -1 where a row has fewer than K.
         temperature: a number, or a tensor that broadcasts to [...].
-        vocab_size: columns from here on are padding and count for nothing; default V.
+        vocab_size: ids from here on pad the vocabulary and count for nothing; default V.
     """
     temperature_ = torch.as_tensor(temperature, dtype=torch.float64).unsqueeze(-1)
     scaled_V = logits[..., :vocab_size].double() / temperature_

@@ -17,7 +17,8 @@ the maximum [T] and one packed sum [T, 1+K]. Backward does none: the loss and so
 all ranks, and the formula gives each rank the gradient of its own shard from the reduced
 statistics. An all-reduce that autograd sees would multiply the gradient by the number of ranks.
 
-Legend: S, B leading dimensions, T = S·B rows, V columns on this rank, K ids per row.
+Legend: S, B leading dimensions, T = S·B rows, V this rank's vocabulary, K ids
+per row.
 """
 
 import math
@@ -75,9 +76,9 @@ def sparse_log_softmax(
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
     _check(logits, ids, vocab_size, ranks)
-    leading, columns = logits.shape[:-1], logits.shape[-1]
+    leading, shard_size = logits.shape[:-1], logits.shape[-1]
     if vocab_size is None:
-        vocab_size = columns * ranks
+        vocab_size = shard_size * ranks
     ids_TK = ids.reshape(math.prod(leading), ids.shape[-1]).contiguous()
     temperature_T = _temperature_per_row(temperature, logits)
     if _CHECK_ON_GPU and logits.is_cuda:
@@ -86,7 +87,7 @@ def sparse_log_softmax(
         _as_rows(logits),
         ids_TK,
         temperature_T,
-        rank * columns,
+        rank * shard_size,
         vocab_size,
         tp_group if ranks > 1 else None,
         inplace_backward,
@@ -210,7 +211,7 @@ def _check(logits: Tensor, ids: Tensor, vocab_size: int | None, ranks: int) -> N
         raise ValueError(f"ids are on {ids.device} but the logits are on {logits.device}.")
     if vocab_size is not None and not 0 < vocab_size <= logits.shape[-1] * ranks:
         raise ValueError(
-            f"vocab_size must be between 1 and the logits' {logits.shape[-1] * ranks} columns "
+            f"vocab_size must be between 1 and the logits' {logits.shape[-1] * ranks} ids "
             f"({logits.shape[-1]} on each of {ranks} ranks); got {vocab_size}."
         )
     if logits.is_cuda and not has_cuda_kernels():

@@ -54,7 +54,7 @@ def capture_rows(
         labels: int [...], the true next tokens.
         uniforms: float64 [..., N] in [0, 1), the same on all ranks: a row is then the N draws that
             they make, as `targets.rows_of_draws` gives them, whatever top_p and top_k.
-        vocab_size: true vocabulary size; padded columns beyond it can be no candidates.
+        vocab_size: true vocabulary size; padding beyond it can be no candidate.
         statistics: also the entropy and the standard deviation of the full distribution's logits.
     """
     leading = logits.shape[:-1]
@@ -148,8 +148,8 @@ def _draw(
     the tail, which is what draws are for, would be drawn at a wrong rate.
     """
     cumulative_TV = (own_TV - lse_T.unsqueeze(-1)).exp().cumsum(-1, dtype=torch.float64)
-    tokens, columns = cumulative_TV.shape
-    own_mass_T = cumulative_TV[:, -1] if columns else cumulative_TV.new_zeros(tokens)
+    tokens, shard_size = cumulative_TV.shape
+    own_mass_T = cumulative_TV[:, -1] if shard_size else cumulative_TV.new_zeros(tokens)
     masses_RT = [torch.empty_like(own_mass_T) for _ in range(tp_group.size())]
     torch.distributed.all_gather(masses_RT, own_mass_T.contiguous(), group=tp_group)
     ends_TR = torch.stack(masses_RT, dim=-1).cumsum(-1)
@@ -159,11 +159,11 @@ def _draw(
     # The first rank, then the first token, whose interval ends beyond the point.
     rank_TN = torch.searchsorted(ends_TR, points_TN, right=True)
     ids_TN = torch.full_like(rank_TN, -1)
-    if columns:
+    if shard_size:
         offset_T1 = ends_TR[:, tp_group.rank(), None] - own_mass_T.unsqueeze(-1)
         local_TN = torch.searchsorted(cumulative_TV, points_TN - offset_T1, right=True)
         is_own_TN = rank_TN == tp_group.rank()
-        ids_TN = torch.where(is_own_TN, local_TN.clamp(max=columns - 1) + first, ids_TN)
+        ids_TN = torch.where(is_own_TN, local_TN.clamp(max=shard_size - 1) + first, ids_TN)
     torch.distributed.all_reduce(ids_TN, op=torch.distributed.ReduceOp.MAX, group=tp_group)
     return ids_TN
 
