@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import contextlib
+import copy
+import io
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.schedules import ALPHA_SCHEDULES, AlphaSchedule
@@ -13,7 +17,9 @@ from megatron_pd.options import add_options, given_options
 
 __all__ = [
     "HelpFormatter",
+    "LearningRate",
     "add_pd_arguments",
+    "learning_rate_of_flags",
     "pd_config_from_args",
     "resolve_schedule",
     "total_samples",
@@ -62,6 +68,45 @@ def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
 # ------------------------------------------------------------------------------ α over a run
 
 
+class LearningRate(Protocol):
+    """Megatron's OptimizerParamScheduler, whose steps are samples."""
+
+    num_steps: int
+    lr_decay_style: str
+    lr_warmup_steps: float
+    lr_decay_steps: int
+    wsd_decay_steps: int | None
+    lr_wsd_decay_style: str | None
+
+
+def learning_rate_of_flags(args: argparse.Namespace) -> LearningRate:
+    """The learning rate's schedule that Megatron makes of validated arguments, before any step.
+
+    A checkpoint may replace its phases: see `--use-checkpoint-opt-param-scheduler`.
+
+    Raises:
+        UserError: WSD without the length of its decay, or a run without a length.
+    """
+    # Importing Megatron needs a prepared device (megatron/cpu.py), which the rest here does not.
+    from megatron.training import training
+    from megatron.training.global_vars import set_args
+
+    total_samples(args)
+    unit = "iters" if args.train_iters else "samples"
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise UserError(
+            f"--lr-decay-style is WSD and the length of its decay is not given: give "
+            f"--lr-wsd-decay-{unit}, which goes with --train-{unit}."
+        )
+    own = copy.copy(args)  # Megatron fills in what is left open, and would not do it twice alike
+    set_args(own)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
+    finally:
+        set_args(args)
+
+
 def total_samples(args: argparse.Namespace) -> int:
     """Samples of the whole run, as Megatron 0.19's scheduler counts them."""
     if args.train_samples:
@@ -74,15 +119,16 @@ def total_samples(args: argparse.Namespace) -> int:
     )
 
 
-def resolve_schedule(config: PDConfig, args: argparse.Namespace) -> AlphaSchedule:
-    """The α schedule of this run, from validated Megatron arguments.
+def resolve_schedule(config: PDConfig, scheduler: LearningRate, total: int) -> AlphaSchedule:
+    """The α schedule of a run of `total` samples.
 
-    Use it as `alpha_at(schedule, args.consumed_train_samples, total_samples(args))`.
+    Use it as `alpha_at(schedule, scheduler.num_steps, total)`.
 
+    Args:
+        scheduler: the learning rate's; where it is on WSD, an α on "wsd" has its phases.
     Raises:
         UserError: where warmup and decay need more samples than the run has.
     """
-    total = total_samples(args)
     schedule: dict[str, Any] = {
         "kind": config.alpha_schedule,
         "max": config.alpha,
@@ -92,7 +138,7 @@ def resolve_schedule(config: PDConfig, args: argparse.Namespace) -> AlphaSchedul
     if "period" in curve.phases:
         schedule["period"] = _share(config.alpha_period, total)
     if {"warmup", "decay"} & set(curve.phases):
-        phases = _lr_phases(args, total)
+        phases = _lr_phases(scheduler, total)
         if config.alpha_warmup is not None:
             phases["warmup"] = _share(config.alpha_warmup, total)
         if config.alpha_decay is not None:
@@ -108,29 +154,14 @@ def _share(length: float | None, total: int) -> float:
     return length if length < 1 else length / total
 
 
-def _lr_phases(args: argparse.Namespace, total: int) -> dict[str, Any]:
-    """The phases of a WSD learning rate, by the formulas of Megatron 0.19's
-    get_optimizer_param_scheduler; else those reported for the paper (10% warmup, 1% decay)."""
-    if args.lr_decay_style != "WSD":
+def _lr_phases(scheduler: LearningRate, total: int) -> dict[str, Any]:
+    """The phases of a WSD learning rate; else the paper's, 10% warmup and 1% decay."""
+    if scheduler.lr_decay_style != "WSD":
         return {"warmup": 0.1, "decay": 0.01, "decay_style": "cosine", "end": 1.0}
-    if args.train_samples:
-        unit = 1
-        end, decay = args.lr_decay_samples or args.train_samples, args.lr_wsd_decay_samples
-        warmup = args.lr_warmup_samples
-    else:
-        unit = args.global_batch_size
-        end, decay = args.lr_decay_iters or args.train_iters, args.lr_wsd_decay_iters
-        warmup = args.lr_warmup_iters
-    if args.lr_warmup_fraction is not None:
-        warmup = args.lr_warmup_fraction * end
-    if decay is None:
-        raise UserError(
-            "--lr-decay-style is WSD and the length of its decay is not given, so α cannot follow "
-            "it: give --lr-wsd-decay-iters (or --lr-wsd-decay-samples with --train-samples)."
-        )
+    assert scheduler.wsd_decay_steps is not None
     return {
-        "warmup": warmup * unit / total,
-        "decay": decay * unit / total,
-        "decay_style": args.lr_wsd_decay_style,
-        "end": end * unit / total,
+        "warmup": scheduler.lr_warmup_steps / total,
+        "decay": scheduler.wsd_decay_steps / total,
+        "decay_style": scheduler.lr_wsd_decay_style,
+        "end": scheduler.lr_decay_steps / total,
     }

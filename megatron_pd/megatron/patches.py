@@ -4,14 +4,23 @@ Written against megatron-core 0.19.2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import Timers
 from megatron.core.datasets import utils as datasets_utils
 from megatron.core.optimizer import distrib_optimizer
+from megatron.training import training
 
-__all__ = ["print_timer", "resume_distributed_optimizer", "skip_helpers_compilation"]
+from megatron_pd.megatron.arguments import LearningRate
+
+__all__ = [
+    "keep_scheduler",
+    "print_timer",
+    "resume_distributed_optimizer",
+    "skip_helpers_compilation",
+]
 
 
 def skip_helpers_compilation() -> None:
@@ -40,6 +49,27 @@ def print_timer(timers: Timers, name: str) -> None:
         original([*names, name] if belongs else names, *args, **options)
 
     timers.log = log
+
+
+def keep_scheduler() -> Callable[[], LearningRate | None]:
+    """Let the learning rate's scheduler be known outside of Megatron's training loop.
+
+    `pretrain()` hands it to nobody, and what a checkpoint makes of it
+    (`--use-checkpoint-opt-param-scheduler`) stands there alone.
+
+    Returns:
+        what gives the scheduler that Megatron made last; None before it has made one.
+    """
+    made: list[LearningRate] = []
+    original = training.get_optimizer_param_scheduler
+
+    @functools.wraps(original)
+    def get_optimizer_param_scheduler(optimizer: Any) -> LearningRate:
+        made[:] = [original(optimizer)]
+        return made[0]
+
+    training.get_optimizer_param_scheduler = get_optimizer_param_scheduler
+    return lambda: made[0] if made else None
 
 
 def resume_distributed_optimizer() -> None:

@@ -21,20 +21,37 @@ from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import mix
 from megatron_pd.distill.schedules import AlphaSchedule, alpha_at
 from megatron_pd.distill.targets import TeacherTargets
+from megatron_pd.megatron.arguments import LearningRate, resolve_schedule
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
+from megatron_pd.train.resolved_config import ResolvedConfig, resolved_config
 from megatron_pd.train.teacher_data import TeacherData
 
 __all__ = ["Distillation", "forward_step", "lm_loss", "pd_loss"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Distillation:
     """All that distils in this run."""
 
     config: PDConfig
-    schedule: AlphaSchedule
-    total_samples: int
     data: TeacherData
+    total_samples: int
+
+    learning_rate: LearningRate
+    """Where training stands. It is that of the flags until Megatron has made and loaded its own."""
+
+    @property
+    def schedule(self) -> AlphaSchedule:
+        return resolve_schedule(self.config, self.learning_rate, self.total_samples)
+
+    @property
+    def alpha(self) -> float:
+        """α of the samples that the learning rate's schedule has counted."""
+        return alpha_at(self.schedule, self.learning_rate.num_steps, self.total_samples)
+
+    def resolved(self) -> ResolvedConfig:
+        """What it does, for the log and the checkpoints."""
+        return resolved_config(self.config, self.schedule, self.total_samples)
 
 
 def forward_step(
@@ -76,8 +93,7 @@ def forward_step(
             sequence_parallel=args.sequence_parallel,
         ),
     )
-    alpha = alpha_at(distils.schedule, args.consumed_train_samples, distils.total_samples)
-    return losses_2BS, functools.partial(pd_loss, batch["loss_mask"], teacher.counts, alpha)
+    return losses_2BS, functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
 
 
 Metrics = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_pd.distill.config import PDConfig, flag_of
 from megatron_pd.distill.schedules import AlphaSchedule
 
-__all__ = ["args_of_checkpoint", "changes", "resolved_config"]
+__all__ = ["ResolvedConfig", "args_of_checkpoint", "changes", "resolved_config"]
 
 ResolvedConfig = Mapping[str, Any]
 """What is shown → a plain JSON value; flags that are unset are None."""

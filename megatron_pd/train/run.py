@@ -4,7 +4,7 @@ flags → PDConfig → teacher data checked → datasets → forward_step → lo
 """
 
 import functools
-import os
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core import mpu
@@ -20,12 +20,14 @@ from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_f
 from megatron_pd.errors import UserError
 from megatron_pd.megatron import cpu, optional_kernels
 from megatron_pd.megatron.arguments import (
+    LearningRate,
     add_pd_arguments,
+    learning_rate_of_flags,
     pd_config_from_args,
-    resolve_schedule,
     total_samples,
 )
 from megatron_pd.megatron.patches import (
+    keep_scheduler,
     print_timer,
     resume_distributed_optimizer,
     skip_helpers_compilation,
@@ -34,7 +36,6 @@ from megatron_pd.train.forward_step import Distillation, forward_step
 from megatron_pd.train.resolved_config import (
     args_of_checkpoint,
     changes,
-    resolved_config,
 )
 from megatron_pd.train.teacher_data import check_same_everywhere, open_teacher_data
 
@@ -46,21 +47,17 @@ def main() -> int:
     _refuse_early(parse_args(_extra_arguments))
     args = parse_and_validate_args(_extra_arguments)
     distillation = _build_distillation(args)
-    # Megatron keeps its arguments in checkpoints, and this with them.
-    args.pd_resolved = None
-    if distillation is not None:
-        args.pd_resolved = resolved_config(
-            distillation.config, distillation.schedule, distillation.total_samples
-        )
-    if int(os.environ.get("RANK", "0")) == 0:
-        saved = args_of_checkpoint(args)
-        print(_report(args, saved), flush=True)
-        _check_layout(args, saved)
+    saved = args_of_checkpoint(args) if args.rank == 0 else None
+    _check_layout(args, saved)
+    _check_wsd(args, saved)
     skip_helpers_compilation()
     resume_distributed_optimizer()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     provider: Any = functools.partial(
-        _provide_datasets, distillation=distillation, model_config=config.model.transformer
+        _provide_datasets,
+        distillation=distillation,
+        begin=functools.partial(_begin, args, distillation, saved, keep_scheduler()),
+        model_config=config.model.transformer,
     )
     provider.is_distributed = True  # every rank calls it; each knows whether it reads data
     pretrain(
@@ -70,6 +67,22 @@ def main() -> int:
         functools.partial(forward_step, distillation=distillation),
     )
     return 0
+
+
+def _begin(
+    args: Any,
+    distillation: Distillation | None,
+    saved: Any | None,
+    scheduler_in_use: Callable[[], LearningRate | None],
+) -> None:
+    """When Megatron has loaded its checkpoint: let α go by its learning rate, and report."""
+    # Megatron keeps its arguments in checkpoints, and this with them.
+    args.pd_resolved = None
+    if distillation is not None:
+        distillation.learning_rate = scheduler_in_use() or distillation.learning_rate
+        args.pd_resolved = distillation.resolved()
+    if args.rank == 0:
+        print(_report(args, saved), flush=True)
 
 
 def _report(args: Any, saved: Any | None) -> str:
@@ -86,6 +99,8 @@ def _report(args: Any, saved: Any | None) -> str:
     if args.pd_recipe_set:
         lines.append(f"--pd-recipe {args.pd_recipe} set {', '.join(args.pd_recipe_set)}")
     changed = changes(saved.pd_resolved, args.pd_resolved) if saved is not None else []
+    if args.use_checkpoint_opt_param_scheduler and saved is not None and args.pd_resolved:
+        lines.append("α follows the learning rate that the checkpoint has, not that of the flags")
     if changed:
         lines.append(f"distillation differs from that of the checkpoint in {args.load}:")
         lines += [f"  {change}" for change in changed]
@@ -107,6 +122,19 @@ def _check_layout(args: Any, saved: Any | None) -> None:
             "in the old layout until a checkpoint was saved with "
             "--dist-ckpt-optim-fully-reshardable, or give --no-load-optim to go on from the "
             "weights with a new optimizer and learning rate."
+        )
+
+
+def _check_wsd(args: Any, saved: Any | None) -> None:
+    """Megatron 0.19 keeps the phases of a WSD learning rate in checkpoints, but not its decay."""
+    if saved is None or not args.use_checkpoint_opt_param_scheduler:
+        return
+    unit = "iters" if args.train_iters else "samples"
+    if saved.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise UserError(
+            f"--use-checkpoint-opt-param-scheduler: the learning rate of the checkpoint in "
+            f"{args.load} is WSD, and Megatron keeps all of it but the decay's length and style: "
+            f"give --lr-wsd-decay-{unit} and --lr-wsd-decay-style too."
         )
 
 
@@ -144,12 +172,11 @@ def _build_distillation(args: Any) -> Distillation | None:
     config = pd_config_from_args(args)
     if config is None:
         return None
-    return Distillation(
-        config,
-        resolve_schedule(config, args),
-        total_samples(args),
-        open_teacher_data(args, config),
+    distillation = Distillation(
+        config, open_teacher_data(args, config), total_samples(args), learning_rate_of_flags(args)
     )
+    distillation.resolved()  # raises where the α schedule needs more steps than there are
+    return distillation
 
 
 def _provide_datasets(
@@ -157,10 +184,13 @@ def _provide_datasets(
     vp_stage: int | None = None,
     *,
     distillation: Distillation | None,
+    begin: Callable[[], None],
     model_config: Any,
 ) -> tuple[Any, Any, Any]:
     """The train, validation and test datasets of this rank (Megatron's dataset provider)."""
     args = get_args()
+    if not vp_stage:
+        begin()
     fields = dataset_fields(args)
     dataset_class: type[GPTDataset]
     if args.mock_data:

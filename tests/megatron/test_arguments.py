@@ -12,7 +12,9 @@ from megatron_pd.distill.schedules import alpha_at
 from megatron_pd.errors import UserError
 from megatron_pd.megatron import cpu
 from megatron_pd.megatron.arguments import (
+    LearningRate,
     add_pd_arguments,
+    learning_rate_of_flags,
     pd_config_from_args,
     resolve_schedule,
     total_samples,
@@ -141,9 +143,16 @@ def test_every_recipe_is_a_valid_configuration(recipe, monkeypatch):
 # ------------------------------------------------------------------------------ α over a run
 
 
+def learning_rate(args: argparse.Namespace) -> LearningRate:
+    # what Megatron's validation would make of these flags
+    args.start_weight_decay = args.end_weight_decay = args.weight_decay
+    args.min_lr = 0.0
+    return learning_rate_of_flags(args)
+
+
 def alphas(args: argparse.Namespace, *shares: float) -> list[float]:
-    schedule = resolve_schedule(pd_config_from_args(args), args)
     total = total_samples(args)
+    schedule = resolve_schedule(pd_config_from_args(args), learning_rate(args), total)
     return [alpha_at(schedule, round(share * total), total) for share in shares]
 
 
@@ -208,7 +217,7 @@ def test_alpha_has_its_own_phases_where_it_is_told(monkeypatch):
 def test_a_run_or_decay_without_a_length_is_refused(monkeypatch):
     args = parse(monkeypatch, *"--pd-alpha-schedule wsd --lr-decay-style WSD".split())
     with pytest.raises(UserError, match="--lr-wsd-decay-iters"):
-        resolve_schedule(pd_config_from_args(args), args)
+        learning_rate(args)
     args.train_iters = None
     with pytest.raises(UserError, match="--train-iters or --train-samples"):
         total_samples(args)

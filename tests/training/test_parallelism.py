@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import LAYOUTS, PD_STAR, World
+from jobs import LAYOUTS, PD_STAR, World, curves
 
 CURVES = ("lm loss", "kd loss", "alpha", "grad-norm")
 
@@ -103,3 +103,31 @@ def test_resumed_run_of_the_torch_format_has_the_curve_of_one_that_went_on(world
     resumed = world.train("--load", checkpoint, *flags, ranks=ranks)
     for tag in CURVES:
         np.testing.assert_allclose(resumed[tag], whole[tag][3:], rtol=0, atol=1e-5, err_msg=tag)
+
+
+def test_alpha_goes_by_the_learning_rate_that_a_checkpoint_has(world: World) -> None:
+    checkpoint = world.folder / "phases"
+    length = ("--train-iters", 8, "--min-lr", 0)
+    saving = ("--save", checkpoint, "--save-interval", 2, "--exit-interval", 2)
+    phases = ("--lr-warmup-iters", 4, "--lr-wsd-decay-iters", 1)
+    world.train(*world.from_student(), *PD_STAR, *length, *phases, *saving)
+
+    resuming = ("--load", checkpoint, *PD_STAR, *length, "--use-checkpoint-opt-param-scheduler")
+    others = ("--lr-warmup-iters", 1, "--lr-decay-iters", 6, "--lr-wsd-decay-iters", 2)
+    events = world.folder / "phases-events"
+    argv = world.training_flags(*resuming, *others, "--tensorboard-dir", events)
+    log = world.runner.check("megatron_pd.pretrain", argv)
+    found = curves(events)
+    # Up over the checkpoint's 4 iterations, and down over its 8 but with the flags' 2: Megatron
+    # has no length of the decay in checkpoints. The log has the learning rate of the next step.
+    np.testing.assert_allclose(found["learning-rate"] / 5e-3, [0.75, 1, 1, 1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(found["alpha"] / 0.9, [0.5, 0.75, 1, 1, 1, 0.5], atol=1e-6)
+    assert "α follows the learning rate that the checkpoint has" in log
+    differs = log[log.index("distillation differs") :].splitlines()[1:3]
+    assert differs[0] == "  α: decay was 0.125 and is now 0.25."
+    assert not differs[1].startswith("  ")
+
+    argv = world.training_flags(*resuming, "--lr-decay-style", "linear")
+    decay = argv.index("--lr-wsd-decay-iters")
+    outcome = world.runner.run("megatron_pd.pretrain", argv[:decay] + argv[decay + 2 :])
+    assert outcome.statuses == [2] and "give --lr-wsd-decay-iters" in outcome.log
