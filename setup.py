@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 OPERATORS = [ROOT / "csrc" / name for name in ("sparse_log_softmax", "row_divergence")]
 OBJECTS = ROOT / "build" / "objects"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-DNDEBUG"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-DNDEBUG"]
 CXX_FLAGS += [
     "-ffp-contract=fast"
 ]  # the exponential's range reduction gains from fused multiply-add
@@ -118,7 +118,7 @@ def operators_cuda() -> Library:
     wheels = Path(needed("torch").__file__).parents[1] / "nvidia"
     folders = [toolkit / "include", *sorted(wheels.glob("*/include"))]
     includes = [f"-isystem{path}" for path in folders]
-    nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O3", "-ftz=true", "-lineinfo"]
+    nvcc = [str(toolkit / "bin" / "nvcc"), "-std=c++20", "-O3", "-ftz=true", "-lineinfo"]
     nvcc += ["--expt-relaxed-constexpr"]  # std::numeric_limits on the device
     nvcc += ["-ccbin", CXX[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     nvcc += [flag for arch in cuda_architectures(toolkit) for flag in gencode(arch)]

@@ -63,7 +63,7 @@ remove_broken() {
 
 compiles() { # CXX may hold arguments
     printf '%s\n' '#include <cstdio>' \
-        '#if defined __GNUC__ && !defined __clang__ && __GNUC__ < 10' '#error' '#endif' |
+        '#if defined __GNUC__ && !defined __clang__ && __GNUC__ < 11' '#error' '#endif' |
         ${CXX:-g++} -E -x c++ - >/dev/null 2>&1
 }
 
@@ -143,7 +143,7 @@ check_needs() {
     find_python
     get_python_by_uv
     if ! compiles; then
-        missing="a C++ compiler, g++ >= 10 (Debian and Ubuntu: apt-get install g++)"
+        missing="a C++ compiler, g++ >= 11 (Debian and Ubuntu: apt-get install g++)"
         refuse "this machine lacks $missing${lacks:+, and $lacks}."
     elif [ -z "$python" ]; then
         refuse "this machine lacks $lacks."

@@ -225,7 +225,7 @@ class EmulatedOperators:
 
 def compile_kernels(target: Path, *flags: str) -> None:
     """The kernels and the emulator as a shared library."""
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g", "-fPIC", "-shared"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-g", "-fPIC", "-shared"]
     command += ["-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas", *flags]
     subprocess.run([*command, str(SOURCE), "-o", str(target)], check=True)
 

@@ -52,7 +52,7 @@ def compile_assertions(copy: type[ctypes.Structure]) -> subprocess.CompletedProc
     system = ["#include <cstddef>", "#include <type_traits>"]
     source = "\n".join([*system, *includes, "using namespace megatron_pd;", assertions(copy)])
     return subprocess.run(
-        [os.environ.get("CXX", "g++"), "-std=c++17", f"-I{CSRC}", "-xc++", "-fsyntax-only", "-"],
+        [os.environ.get("CXX", "g++"), "-std=c++20", f"-I{CSRC}", "-xc++", "-fsyntax-only", "-"],
         input=source,
         capture_output=True,
         text=True,

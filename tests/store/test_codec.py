@@ -229,7 +229,7 @@ def test_hostile_bytes_under_sanitizers(tmp_path):
         *sorted(set(codec.rglob("*.cpp")) - {codec / "bindings.cpp"}),
     ]
     sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    flags = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *sanitize, f"-I{codec}")
+    flags = ("-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *sanitize, f"-I{codec}")
     compiler = os.environ.get("CXX", "g++").split()
     subprocess.run([*compiler, *flags, *map(str, sources), "-o", str(program)], check=True)
     seed = str(np.random.SeedSequence().entropy % 2**64)  # type: ignore[operator]

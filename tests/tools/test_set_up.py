@@ -258,7 +258,7 @@ def test_all_that_is_missing_is_one_sentence(project: Project) -> None:
 
 def test_a_compiler_that_is_too_old_counts_as_none(project: Project) -> None:
     project.command("g++", "exit 1")
-    assert "lacks a C++ compiler, g++ >= 10" in project.set_up().stderr
+    assert "lacks a C++ compiler, g++ >= 11" in project.set_up().stderr
     project.command("my-g++", '[ "$1" = -m64 ]')
     assert project.set_up(CXX="my-g++ -m64").returncode == 0
 
