@@ -8,6 +8,8 @@ from pathlib import Path
 import emulated
 import pytest
 
+from megatron_pd.ops import FUSED_LOSSES, FUSED_TAILS
+
 CSRC = Path(__file__).parents[2] / "csrc"
 HEADERS = ("sparse_log_softmax/cuda/launch.h", "row_divergence/row.h")
 TEMPLATES = {"Divergence": "Divergence<float>", "RowProblem": "RowProblem<float>"}
@@ -47,10 +49,14 @@ def assertions(copy: type[ctypes.Structure]) -> str:
     return "\n".join(lines)
 
 
-def compile_assertions(copy: type[ctypes.Structure]) -> subprocess.CompletedProcess:
+def enumerator(name: str) -> str:
+    return "k" + "".join(word.capitalize() for word in name.split("-"))
+
+
+def compile_assertions(assertions: str) -> subprocess.CompletedProcess:
     includes = [f'#include "{header}"' for header in HEADERS]
     system = ["#include <cstddef>", "#include <type_traits>"]
-    source = "\n".join([*system, *includes, "using namespace megatron_pd;", assertions(copy)])
+    source = "\n".join([*system, *includes, "using namespace megatron_pd;", assertions])
     return subprocess.run(
         [os.environ.get("CXX", "g++"), "-std=c++20", f"-I{CSRC}", "-xc++", "-fsyntax-only", "-"],
         input=source,
@@ -61,7 +67,7 @@ def compile_assertions(copy: type[ctypes.Structure]) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_is_the_kernels_struct(copy: type[ctypes.Structure]) -> None:
-    done = compile_assertions(copy)
+    done = compile_assertions(assertions(copy))
     assert done.returncode == 0, done.stderr
 
 
@@ -83,7 +89,26 @@ IDS = emulated.Ids._fields_
 )
 def test_a_wrong_copy_is_seen(fields: list) -> None:
     wrong = type("Ids", (ctypes.Structure,), {"_fields_": fields})
-    assert "error:" in compile_assertions(wrong).stderr
+    assert "error:" in compile_assertions(assertions(wrong)).stderr
+
+
+@pytest.mark.parametrize(
+    ("enum", "names", "all_names"),
+    [
+        ("Tail", emulated.Divergence.TAILS, FUSED_TAILS),
+        ("Loss", emulated.Divergence.LOSSES, FUSED_LOSSES),
+        ("Weight", emulated.Divergence.WEIGHTS, emulated.Divergence.WEIGHTS),
+    ],
+)
+def test_names_count_as_the_kernels_do(enum: str, names: tuple, all_names: tuple) -> None:
+    assert sorted(names) == sorted(all_names)
+    done = compile_assertions(
+        "\n".join(
+            f"static_assert(static_cast<int>({enum}::{enumerator(name)}) == {index});"
+            for index, name in enumerate(names)
+        )
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_copy_is_compared() -> None:

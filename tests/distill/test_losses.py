@@ -17,7 +17,7 @@ from megatron_pd.distill.tails import TAILS
 from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k, truncate
 from megatron_pd.distill.temperatures import row_temperature
 from megatron_pd.errors import UserError
-from megatron_pd.ops import row_divergence
+from megatron_pd.ops import is_fused, row_divergence
 
 TOKENS, VOCABULARY = 9, 30
 TEMPERATURES = [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 2.0), (2.0, 2.0), (1.5, 0.75)]
@@ -204,7 +204,7 @@ def random_case(generator, top_p=0.9, top_k=7):
 
 
 def ways_to_compute(config: PDConfig) -> list[Callable[..., Tensor]]:
-    has_operator = config.student_temperature == 1.0 and config.loss != "mse-logit"
+    has_operator = config.student_temperature == 1.0 and is_fused(config.loss, config.tail)
     return [distillation_loss, composed_loss, *([operator_loss] if has_operator else [])]
 
 
