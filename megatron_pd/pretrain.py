@@ -1,6 +1,7 @@
 """Pre-train a GPT student with Megatron, with or without distillation.
 
     torchrun --nproc-per-node N -m megatron_pd.pretrain <Megatron flags> [--pd-* flags]
+    python -m megatron_pd.pretrain …     # the same in one process
 
 Megatron's own `pretrain()` is the training loop. What is added to it: the `--pd-*` flags, a GPT
 dataset that carries the teacher's rows, and a forward step that hands them to the output processor.

@@ -4,7 +4,6 @@ Axes: B windows of a batch, L their length, V this rank's vocabulary.
 """
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +23,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from megatron_pd.data.windows import Batch
 from megatron_pd.megatron.arguments import HelpFormatter
+from megatron_pd.megatron.launch import be_one_process_without_torchrun, validated_args
 from megatron_pd.megatron.patches import skip_helpers_compilation
 
 __all__ = ["ForwardOnlyModel", "load_model"]
@@ -113,7 +113,7 @@ def load_model(
     Raises:
         UserError: no checkpoint, or something that a forward pass over documents does not support.
     """
-    _be_one_process_without_torchrun()
+    be_one_process_without_torchrun()
 
     def extra_arguments(parser):
         parser.formatter_class = HelpFormatter
@@ -137,7 +137,7 @@ def load_model(
     parsed = parse_args(extra_arguments)
     _refuse_early(parsed)
     check(parsed)
-    args = parse_and_validate_args(extra_arguments)
+    args = validated_args(extra_arguments)
     _refuse_interleaved_stages(args)
     skip_helpers_compilation()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -180,14 +180,3 @@ def _refuse_interleaved_stages(args: Any) -> None:
             "--num-virtual-stages-per-pipeline-rank and --use-mp-args-from-checkpoint-args: a "
             "checkpoint loads into any number of stages."
         )
-
-
-def _be_one_process_without_torchrun() -> None:
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )

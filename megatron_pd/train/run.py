@@ -13,7 +13,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import parse_args
 
 from megatron_pd.data.batch import ROWS_TIMER, builds_dataset
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
@@ -26,6 +26,7 @@ from megatron_pd.megatron.arguments import (
     pd_config_from_args,
     total_samples,
 )
+from megatron_pd.megatron.launch import be_one_process_without_torchrun, validated_args
 from megatron_pd.megatron.patches import (
     keep_scheduler,
     print_timer,
@@ -43,9 +44,13 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Parse, check, train. Returns the exit status; bad input raises UserError before training."""
+    """Parse, check, train. Returns the exit status; bad input raises UserError before training.
+
+    Without torchrun, this is a run of one process.
+    """
+    be_one_process_without_torchrun()
     _refuse_early(parse_args(_extra_arguments))
-    args = parse_and_validate_args(_extra_arguments)
+    args = validated_args(_extra_arguments)
     distillation = _build_distillation(args)
     saved = args_of_checkpoint(args) if args.rank == 0 else None
     _check_layout(args, saved)

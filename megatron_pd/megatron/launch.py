@@ -1,0 +1,70 @@
+"""How a run starts: by torchrun or from a prompt, and with flags that Megatron takes."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_pd.errors import UserError
+
+__all__ = ["be_one_process_without_torchrun", "validated_args"]
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
+
+
+def be_one_process_without_torchrun() -> None:
+    """Without a launcher, set the variables that torchrun sets, for a run of one process.
+
+    Raises:
+        UserError: a launcher started several processes that don't know of each other, each of
+            which would be a run of its own; or variables of torchrun's are missing.
+    """
+    given = [name for name in _RENDEZVOUS if name in os.environ]
+    if "RANK" in given or "WORLD_SIZE" in given:
+        missing = [name for name in _RENDEZVOUS if name not in given]
+        if missing:
+            raise UserError(
+                f"The environment has {' and '.join(given)}, but no {' and '.join(missing)}: "
+                "torchrun sets all four. Start by torchrun, or unset them for a run of one process."
+            )
+        return
+    for name, launcher in _TASKS.items():
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{launcher} started {os.environ[name]} processes ({name}) without RANK and "
+                "WORLD_SIZE, so each would be a run of its own: let it start one torchrun on each "
+                "machine, as examples/pretrain_gpt_pd.sbatch does."
+            )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def validated_args(extra_arguments: Callable[[Any], Any]) -> Any:
+    """`sys.argv` by Megatron's parser, checked by Megatron.
+
+    Raises:
+        UserError: Megatron refuses the flags. It does so by assertions, most of them without a
+            text: then the condition itself is quoted.
+    """
+    try:
+        return parse_and_validate_args(extra_arguments)
+    except UserError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split()) or frame.line
+        raise UserError(
+            f"Megatron refuses the flags: {reason} ({frame.filename}, line {frame.lineno})."
+        ) from error
