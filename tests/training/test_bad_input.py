@@ -53,6 +53,14 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--pd-store", "a.pd", "b.pd"],
         ("2 stores for 1 training corpora", "--pd-store"),
     ),
+    "an assertion of Megatron's": (
+        ["--tensor-model-parallel-size", "2"],
+        ("Megatron refuses the flags: world size (1) is not divisible", "arguments.py, line"),
+    ),
+    "an assertion of Megatron's without a text": (
+        ["--micro-batch-size", "0"],
+        ("Megatron refuses the flags: assert args.micro_batch_size > 0", "arguments.py, line"),
+    ),
     "sequence parallelism on a CPU": (
         ["--pd", "--sequence-parallel"],
         ("--sequence-parallel", "CPU"),

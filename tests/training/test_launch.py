@@ -1,4 +1,5 @@
-"""The launch script: Megatron accepts its flags, and two "machines" find each other and train."""
+"""The launch script: Megatron accepts its flags, and two "machines" find each other and train. No
+launcher at all: one process trains."""
 
 import json
 import os
@@ -87,3 +88,21 @@ def test_two_machines_find_each_other_and_train(world: World) -> None:
     assert len(found["lm loss"]) == 4 and np.isfinite(found["lm loss"]).all()
     assert (found["kd loss"] > 0).all()
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
+
+
+def test_without_torchrun_one_process_trains_as_under_it(world: World) -> None:
+    flags = [*world.from_student(), "--pd-recipe", "vanilla", "--train-iters", "2"]
+    flags = world.training_flags(*flags, "--lr-warmup-iters", 0, "--lr-wsd-decay-iters", 1)
+    events = world.folder / "events-without-torchrun"
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_pd.pretrain", *flags, "--tensorboard-dir", str(events)],
+        env={name: value for name, value in environment().items() if name not in launcher},
+        cwd=world.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, launched = curves(events), world.curves_of(flags)
+    for tag in ("lm loss", "kd loss", "grad-norm"):
+        np.testing.assert_array_equal(alone[tag], launched[tag])
