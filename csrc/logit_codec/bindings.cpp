@@ -24,8 +24,18 @@ Bytes bytes_of(const py::buffer_info& info) {
     return {static_cast<const uint8_t*>(info.ptr), size_t(info.size * info.itemsize)};
 }
 
-py::bytes to_python(const std::vector<uint8_t>& bytes) {
+py::bytes to_python(Bytes bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+template <class T>
+Array<T> array_of(const std::vector<T>& values) {
+    return Array<T>(py::ssize_t(values.size()), values.data());
+}
+
+// (counts, ids, logprobs)
+py::tuple to_python(const RowBuffers& rows) {
+    return py::make_tuple(array_of(rows.counts), array_of(rows.ids), array_of(rows.logprobs));
 }
 
 // The arrays of rows without padding, checked to fit together.
@@ -103,13 +113,17 @@ class CompactCoder {
         return to_python(out);
     }
 
+    py::tuple decode(const py::buffer& stream, uint32_t rows, uint32_t entries) const {
+        return to_python(decode_compact(model_, bytes_of(stream.request()), rows, entries, rows));
+    }
+
     py::bytes slice(const py::buffer& stream, uint32_t rows, uint32_t entries, uint32_t first,
-                    uint32_t count) const {
-        if (first > rows || count > rows - first)
-            refuse<std::out_of_range>("rows ", first, " to ", uint64_t(first) + count,
-                                      " of a block of ", rows);
-        return to_python(slice_compact(model_, bytes_of(stream.request()), rows, entries, first,
-                                       count));
+                    uint32_t stop) const {
+        if (first > stop || stop > rows)
+            refuse<std::out_of_range>("rows ", first, " to ", stop, " of a block of ", rows);
+        const std::vector<uint8_t> part = slice_compact(model_, bytes_of(stream.request()), rows,
+                                                        entries, first, stop - first);
+        return to_python(part);
     }
 
    private:
@@ -117,10 +131,66 @@ class CompactCoder {
     OrdinalOfId ordinal_of_id_;
 };
 
-Codecs codecs_of(const Layout& layout) {
+// A codec in Python: `decoder_of(offset, model)` makes what decodes the blocks with one model,
+// `decode(offset, stream, rows, entries)` -> (counts, ids, logprobs); `offset` is the block's, for
+// errors.  Slower than C++, as the interpreter's lock is taken for every block.
+class PythonCodec final : public Codec {
+   public:
+    PythonCodec(const Layout& layout, size_t statistic_bytes, py::function decoder_of)
+        : layout_(layout), statistic_bytes_(statistic_bytes), decoder_of_(std::move(decoder_of)) {}
+
+    size_t statistic_bytes() const override { return statistic_bytes_; }
+
+    RowBuffers decode(const Frames& frames, const Block& block, size_t) const override {
+        const py::gil_scoped_acquire acquire;
+        const FrameHeader& header = block.header;
+        const py::tuple found = decoder(frames, block)(block.offset, to_python(block.stream),
+                                                       header.rows, header.entries);
+        const auto counts = found[0].cast<Array<int32_t>>();
+        const auto ids = found[1].cast<Array<int32_t>>();
+        const auto logprobs = found[2].cast<Array<float>>();
+        try {
+            if (counts.size() != header.rows || ids.size() != header.entries)
+                refuse("its codec gives ", counts.size(), " rows of ", ids.size(),
+                       " entries in all, its header says ", header.rows, " and ", header.entries);
+            check_rows(layout_, rows_of(counts, ids, logprobs));
+        } catch (const BadRows& error) {
+            refuse("its codec gives rows that no store holds: ", error.what());
+        }
+        const auto copy = [](const auto& array) {
+            return std::vector(array.data(), array.data() + array.size());
+        };
+        return {copy(counts), copy(ids), copy(logprobs)};
+    }
+
+   private:
+    // The lock is held.
+    py::object decoder(const Frames& frames, const Block& block) const {
+        const uint64_t at = block.header.model_offset;
+        if (const auto known = decoders_.find(at); known != decoders_.end()) return known->second;
+        py::object model = py::none();
+        if (at != 0) model = to_python(frames.model(block.header));
+        py::object made = decoder_of_(block.offset, model);
+        decoders_[at] = made;
+        return made;
+    }
+
+    Layout layout_;
+    size_t statistic_bytes_;
+    py::function decoder_of_;
+    mutable std::map<uint64_t, py::object> decoders_;  // by the model's offset
+};
+
+// others: number -> (bytes of a statistic's value, decoder_of) of the codecs that are in Python.
+Codecs codecs_of(const Layout& layout, const py::dict& others) {
     Codecs codecs;
     codecs[kExact] = std::make_unique<ExactCodec>(layout);
     codecs[kCompact] = std::make_unique<CompactCodec>(layout);
+    for (const auto& [number, codec] : others) {
+        const auto [statistic_bytes, decoder_of] = codec.cast<std::pair<size_t, py::function>>();
+        codecs[number.cast<uint8_t>()] =
+            std::make_unique<PythonCodec>(layout, statistic_bytes, decoder_of);
+    }
     return codecs;
 }
 
@@ -129,10 +199,10 @@ class MappedShard {
    public:
     MappedShard(const py::buffer& file, uint64_t rows, uint64_t documents, uint64_t blocks,
                 uint64_t index_offset, uint64_t index_bytes, bool bound, uint32_t vocab_size,
-                uint32_t draws, int value_bits)
+                uint32_t draws, int value_bits, const py::dict& codecs)
         : file_(file.request()),
           shard_(bytes_of(file_), {rows, documents, blocks, index_offset, index_bytes, bound},
-                 codecs_of(checked_layout(vocab_size, draws, value_bits))) {}
+                 codecs_of(checked_layout(vocab_size, draws, value_bits), codecs)) {}
 
     const Shard& get() const { return shard_; }
 
@@ -192,10 +262,16 @@ PYBIND11_MODULE(_logit_codec, module) {
     });
     module.attr("MIN_VALUE_BITS") = kMinValueBits;
     module.attr("MAX_VALUE_BITS") = kMaxValueBits;
+    module.attr("NATIVE_CODECS") = py::make_tuple(kExact, kCompact);
     module.def("ragged", &ragged);
     module.def("encode_exact", [](const Array<int32_t>& counts, const Array<int32_t>& ids,
                                   const Array<float>& logprobs) {
         return to_python(encode_exact(rows_of(counts, ids, logprobs)));
+    });
+    module.def("decode_exact", [](const py::buffer& stream, uint32_t rows, uint32_t entries,
+                                  uint32_t vocab_size) {
+        return to_python(decode_exact(checked_layout(vocab_size, 0, kMinValueBits),
+                                      bytes_of(stream.request()), rows, entries));
     });
     module.def("train", [](uint32_t vocab_size, uint32_t draws, int value_bits,
                            const Array<uint64_t>& id_counts, const Array<int32_t>& counts,
@@ -216,19 +292,33 @@ PYBIND11_MODULE(_logit_codec, module) {
     py::class_<CompactCoder>(module, "CompactCoder")
         .def(py::init<const py::buffer&, uint32_t, uint32_t, int>())
         .def("encode", &CompactCoder::encode)
+        .def("decode", &CompactCoder::decode)
         .def("slice", &CompactCoder::slice);
     const py::call_guard<py::gil_scoped_release> unlocked;
     py::class_<MappedShard>(module, "Shard")
         .def(py::init<const py::buffer&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, bool,
-                      uint32_t, uint32_t, int>(),
+                      uint32_t, uint32_t, int, const py::dict&>(),
              py::arg("file"), py::kw_only(), py::arg("rows"), py::arg("documents"),
              py::arg("blocks"), py::arg("index_offset"), py::arg("index_bytes"), py::arg("bound"),
-             py::arg("vocab_size"), py::arg("draws"), py::arg("value_bits"))
+             py::arg("vocab_size"), py::arg("draws"), py::arg("value_bits"), py::arg("codecs"))
         .def("document_rows",
              [](const MappedShard& shard, uint64_t i) { return shard.get().index().document_rows(i); })
         .def("starts", &MappedShard::starts)
         .def("digest", [](const MappedShard& shard, uint64_t i) { return shard.get().index().digest(i); })
         .def("block", [](const MappedShard& shard, uint64_t i) { return shard.get().index().block(i); })
+        .def("block_header",
+             [](const MappedShard& shard, uint64_t i) {
+                 const FrameHeader header = shard.get().block(i).header;
+                 return to_python({reinterpret_cast<const uint8_t*>(&header), sizeof(header)});
+             })
+        .def("block_payload",
+             [](const MappedShard& shard, uint64_t i) {
+                 return to_python(shard.get().block(i).payload);
+             })
+        .def("block_model",
+             [](const MappedShard& shard, uint64_t i) {
+                 return to_python(shard.get().frames().model(shard.get().block(i).header));
+             })
         .def("max_count", [](const MappedShard& shard, uint64_t begin,
                              uint64_t end) { return shard.get().max_count(begin, end); })
         .def("check_block",

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_pd.store import LogitStore
 
-__all__ = ["add_copy_arguments", "add_workers", "positive", "print_store", "progress_bar"]
+__all__ = [
+    "add_codec_arguments",
+    "add_copy_arguments",
+    "add_workers",
+    "positive",
+    "print_store",
+    "progress_bar",
+]
 
 
 def positive(text: str) -> int:
@@ -54,6 +61,21 @@ def _saying_how_to_go_on() -> Iterator[None]:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+
+
+def add_codec_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the blocks of a new store are coded."""
+    from megatron_pd.store.codecs import CODECS
+
+    parser.add_argument(
+        "--codec",
+        choices=CODECS,
+        default="compact",
+        help="or your own as package.module:attribute; default: compact",
+    )
+    parser.add_argument(
+        "--value-bits", type=int, default=10, help="of the log-probabilities in `compact`"
+    )
 
 
 def add_copy_arguments(

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_pd.cli.common import add_workers, print_store, progress_bar
+from megatron_pd.cli.common import add_codec_arguments, add_workers, print_store, progress_bar
 
 HELP = "Make a store from Megatron's cached logits or from Parquet files, or Parquet from a store."
 
@@ -32,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", help="prefix of the .bin/.idx corpus, to which the store is then bound"
     )
     parser.add_argument("--vocab-size", type=int, help="of files that to-parquet did not write")
-    parser.add_argument("--codec", choices=("compact", "exact"), default="compact")
-    parser.add_argument(
-        "--value-bits", type=int, default=10, help="of the log-probabilities in `compact`"
-    )
+    add_codec_arguments(parser)
     add_workers(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

@@ -2,7 +2,12 @@
 
 import argparse
 
-from megatron_pd.cli.common import add_copy_arguments, print_store, progress_bar
+from megatron_pd.cli.common import (
+    add_codec_arguments,
+    add_copy_arguments,
+    print_store,
+    progress_bar,
+)
 
 HELP = (
     "Write a store again in another codec, or cut its rows to a smaller top-p or top-k. "
@@ -13,14 +18,11 @@ HELP = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="the store's directory, e.g. corpus.pd")
     parser.add_argument("--output", required=True, help="directory of the new store")
-    parser.add_argument("--codec", choices=("compact", "exact"), default="compact")
-    parser.add_argument(
-        "--value-bits", type=int, default=10, help="of the log-probabilities in `compact`"
-    )
+    add_codec_arguments(parser)
     parser.add_argument(
         "--top-p", type=float, help="keep the smallest set of entries with this mass, in (0, 1]"
     )
-    parser.add_argument("--top-k", type=int, help="then keep the k likeliest entries")
+    parser.add_argument("--top-k", type=int, help="then keep the top k entries")
     add_copy_arguments(parser, None, "the shards of the store")
 
 

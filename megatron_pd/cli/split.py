@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_pd.store import LogitStore, StoreError
-    from megatron_pd.store.admin.merge import SHARD_ROWS, Part, copy, even_ranges, whole
+    from megatron_pd.store.admin.merge import SHARD_ROWS, DocumentRange, copy, even_ranges, whole
 
     if not (args.parts or args.at or args.shard_tokens):
         raise StoreError("Say how to split: --shard-tokens, --parts or --at.")
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
                 )
             ranges = [range(a, b) for a, b in itertools.pairwise(edges)]
         outputs = {
-            output.with_name(f"{output.stem}-{number}{output.suffix}"): [Part(store, documents)]
+            output.with_name(f"{output.stem}-{number}{output.suffix}"): [
+                DocumentRange(store, documents)
+            ]
             for number, documents in enumerate(ranges)
         }
     written = []

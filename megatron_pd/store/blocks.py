@@ -1,186 +1,107 @@
-"""Blocks of rows: from padded arrays to checked frames."""
+"""Coded rows on their way into a shard: blocks, and the entropy models that they are coded with."""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from megatron_pd.store import _logit_codec
-from megatron_pd.store.format import (
-    COMPACT,
-    EXACT,
-    ROWS_FRAME,
-    TABLES_FRAME,
-    FrameHeader,
-    ShardHeader,
-)
-from megatron_pd.store.types import STATISTICS, StoreError, TeacherRows
+from megatron_pd.store.codecs import Codec
+from megatron_pd.store.format import MODEL_FRAME, ROWS_FRAME, FrameHeader
+from megatron_pd.store.ragged import RaggedRows
+from megatron_pd.store.types import STATISTICS, Layout
 
-__all__ = ["CodedBlock", "RaggedRows", "Tables", "encode_frame", "tables_frame"]
-
-_STATISTICS_DTYPES = {EXACT: "<f4", COMPACT: "<f2"}
+__all__ = ["CodedBlock", "EntropyModel"]
 
 
-@dataclass
-class RaggedRows:
-    """Rows without padding: counts [n], ids and logprobs [sum of counts], statistics [n]."""
+@dataclass(frozen=True)
+class EntropyModel:
+    """What a codec's trainer made, or was found in a shard."""
 
-    counts: np.ndarray
-    ids: np.ndarray
-    logprobs: np.ndarray
-    statistics: Mapping[str, np.ndarray]
+    codec: type[Codec]
+    payload: bytes
 
-    @classmethod
-    def of(cls, rows: TeacherRows, vocab_size: int, draws: int, where: str) -> RaggedRows:
-        """A copy; StoreError unless every row is one that a store can hold."""
-        counts = np.array(rows.counts, np.int32, order="C")
-        ids = np.ascontiguousarray(rows.ids, np.int32)
-        logprobs = np.ascontiguousarray(rows.logprobs, np.float32)
-        try:
-            flat = _logit_codec.ragged(ids, logprobs, counts, vocab_size, draws)
-        except _logit_codec.BadRowsError as error:
-            raise StoreError(f"{where}, {error}. Check what the teacher gave.") from None
-        statistics = {
-            name: np.array(values, np.float32) for name, values in rows.statistics.items()
-        }
-        if any(values.shape != counts.shape for values in statistics.values()):
-            raise StoreError(f"{where}: each statistic must have one value per row.")
-        return cls(counts, *flat, statistics)
+    @cached_property
+    def key(self) -> bytes:
+        """Tells models apart."""
+        return hashlib.blake2b(self.payload, digest_size=16).digest()
 
-    @classmethod
-    def concatenate(cls, parts: list[RaggedRows]) -> RaggedRows:
-        return cls(
-            np.concatenate([part.counts for part in parts]),
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.logprobs for part in parts]),
-            {
-                name: np.concatenate([part.statistics[name] for part in parts])
-                for name in parts[0].statistics
-            },
-        )
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def blocks(self, size: int) -> list[RaggedRows]:
-        """The rows in runs of `size`."""
-        ends = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
-        parts = []
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            first, last = ends[start], ends[stop]
-            statistics = {name: values[start:stop] for name, values in self.statistics.items()}
-            rows = (self.counts[start:stop], self.ids[first:last], self.logprobs[first:last])
-            parts.append(RaggedRows(*rows, statistics))
-        return parts
-
-
-@dataclass
-class Tables:
-    """Tables in use by a writer: the coder made of them and where their frame lies."""
-
-    encoder: _logit_codec.CompactCoder
-    offset: int
-
-
-def tables_frame(payload: bytes) -> bytes:
-    """A frame of trained tables."""
-    header = FrameHeader(
-        TABLES_FRAME, COMPACT, 0, 0, len(payload), 0, 0, 0, 0, 0, zlib.crc32(payload)
-    )
-    return header.to_bytes() + payload
+    def frame(self, codec_number: int) -> tuple[FrameHeader, bytes]:
+        """Header and payload."""
+        size, crc = len(self.payload), zlib.crc32(self.payload)
+        header = FrameHeader(MODEL_FRAME, codec_number, 0, 0, size, 0, 0, 0, 0, 0, crc)
+        return header, self.payload
 
 
 @dataclass(frozen=True)
 class CodedBlock:
-    """Coded rows on their way into a shard."""
+    """Coded rows.
 
-    codec: int
-    statistics: int  # a bit for each of STATISTICS
+    statistics  a bit for each of `STATISTICS`.
+    body        the statistics' values, then the codec's stream.
+    model       what the stream was coded with; None for a codec without.
+    """
+
+    codec: type[Codec]
+    statistics: int
     rows: int
     entries: int
     max_count: int
-    body: bytes  # the statistics, then the codec's stream
-    tables: bytes | None  # payload of the tables that a `compact` stream was coded with
+    body: bytes
+    model: EntropyModel | None
 
-    def frame(self, row: int, digests: np.ndarray, tables_offset: int) -> bytes:
-        """The frame of these rows, of which the first is the shard's row `row`."""
+    @classmethod
+    def of(cls, rows: RaggedRows, coder: Codec, model: EntropyModel | None) -> CodedBlock:
+        """Codes rows with a codec that has this model."""
+        codec = type(coder)
+        names = [name for name in STATISTICS if name in rows.statistics]
+        values = [rows.statistics[name].astype(codec.statistics_dtype).tobytes() for name in names]
+        return cls(
+            codec,
+            sum(1 << STATISTICS.index(name) for name in names),
+            len(rows),
+            len(rows.ids),
+            int(rows.counts.max(initial=0)),
+            b"".join([*values, coder.encode(rows)]),
+            model,
+        )
+
+    def frame(
+        self, codec_number: int, row: int, digests: np.ndarray, model_offset: int
+    ) -> tuple[FrameHeader, bytes]:
+        """Header and payload of the rows, of which the first is the shard's row `row`."""
         payload = digests.astype("<u8").tobytes() + self.body
         header = FrameHeader(
             ROWS_FRAME,
-            self.codec,
+            codec_number,
             self.statistics,
             self.rows,
             len(payload),
             row,
-            tables_offset,
+            model_offset,
             self.entries,
             self.max_count,
             len(digests),
             zlib.crc32(payload),
         )
-        return header.to_bytes() + payload
+        return header, payload
 
-    def part(self, start: int, stop: int, counts: np.ndarray, shard: ShardHeader) -> CodedBlock:
+    def part(self, start: int, stop: int, counts: np.ndarray, layout: Layout) -> CodedBlock:
         """The rows [start, stop) of the block, bit by bit what they were. `counts`: of all rows."""
-        value_bytes = np.dtype(_STATISTICS_DTYPES[self.codec]).itemsize
+        value_bytes = np.dtype(self.codec.statistics_dtype).itemsize
         statistics_end = self.statistics.bit_count() * self.rows * value_bytes
-        values = np.frombuffer(self.body, np.uint8, statistics_end).reshape(
-            -1, self.rows, value_bytes
-        )
-        stream = self.body[statistics_end:]
-        if self.codec == EXACT:
-            stream = _part_of_exact(stream, counts, start, stop)
-        else:
-            assert self.tables is not None
-            layout = (shard.vocab_size, shard.draws, shard.value_bits)
-            encoder = _logit_codec.CompactCoder(self.tables, *layout)
-            stream = encoder.slice(stream, self.rows, self.entries, start, stop - start)
+        values = np.frombuffer(self.body, np.uint8, statistics_end)
+        values = values.reshape(-1, self.rows, value_bytes)[:, start:stop]
+        coder = self.codec(layout, None if self.model is None else self.model.payload)
+        stream = coder.slice(self.body[statistics_end:], self.rows, self.entries, start, stop)
         kept = counts[start:stop]
         return replace(
             self,
             rows=stop - start,
             entries=int(kept.sum()),
             max_count=int(kept.max(initial=0)),
-            body=values[:, start:stop].tobytes() + stream,
+            body=values.tobytes() + stream,
         )
-
-
-def _part_of_exact(stream: bytes, counts: np.ndarray, start: int, stop: int) -> bytes:
-    first, last = int(counts[:start].sum()), int(counts[:stop].sum())
-    ids = 4 * len(counts)
-    logprobs = ids + 3 * int(counts.sum())
-    return b"".join(
-        [
-            stream[4 * start : 4 * stop],
-            stream[ids + 3 * first : ids + 3 * last],
-            stream[logprobs + 4 * first : logprobs + 4 * last],
-        ]
-    )
-
-
-def encode_frame(rows: RaggedRows, row: int, digests: np.ndarray, tables: Tables | None) -> bytes:
-    """A frame of rows of which the first is the shard's row `row`: `compact` with tables, else
-    `exact`."""
-    codec = EXACT if tables is None else COMPACT
-    arrays = (rows.counts, rows.ids, rows.logprobs)
-    stream = (
-        _logit_codec.encode_exact(*arrays) if tables is None else tables.encoder.encode(*arrays)
-    )
-    names = [name for name in STATISTICS if name in rows.statistics]
-    statistics = [
-        rows.statistics[name].astype(_STATISTICS_DTYPES[codec]).tobytes() for name in names
-    ]
-    block = CodedBlock(
-        codec,
-        sum(1 << STATISTICS.index(name) for name in names),
-        len(rows),
-        len(rows.ids),
-        int(rows.counts.max(initial=0)),
-        b"".join([*statistics, stream]),
-        None,
-    )
-    return block.frame(row, digests, 0 if tables is None else tables.offset)

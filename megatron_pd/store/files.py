@@ -14,7 +14,7 @@ from megatron_pd.store.types import ShardInUseError, StoreError
 
 __all__ = ["AppendFile", "fsync_directory", "publish_once", "write_error"]
 
-_MENDS = {
+_FIXES = {
     errno.ENOSPC: "the disk is full: free space and start again, what was flushed is kept",
     errno.EDQUOT: "the disk quota is used up: free space and start again, what was flushed is kept",
     errno.EROFS: "the file system is read-only: choose another path or mount it writable",
@@ -24,8 +24,8 @@ _MENDS = {
 
 def write_error(path: Path, error: OSError) -> StoreError:
     """A StoreError that says what stopped a write and how to go on."""
-    mend = _MENDS.get(error.errno or 0, f"{error.strerror}; start again once that is mended")
-    return StoreError(f"{path}: cannot write the logit store: {mend}.")
+    fix = _FIXES.get(error.errno or 0, f"{error.strerror}; start again once that is fixed")
+    return StoreError(f"{path}: cannot write the logit store: {fix}.")
 
 
 class AppendFile:

@@ -4,7 +4,7 @@ A store is a directory: `store.json` (the manifest) and shard files.  A shard fi
 
     header | frame, frame, ... | index | CRC-32 of every page of the index | footer
 
-where a frame is a block of rows or the tables that later blocks are coded with.  While it is
+where a frame is a block of rows or the entropy model that later blocks are coded with.  While it is
 written a shard ends after its last frame and is called `….partial`.
 """
 
@@ -15,26 +15,23 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_pd.store.types import StoreError
+from megatron_pd.store.types import Layout, StoreError
 
 __all__ = [
-    "CODECS",
-    "COMPACT",
     "DIGEST_BYTES",
-    "EXACT",
     "MANIFEST_NAME",
     "MAX_VOCAB_SIZE",
+    "MODEL_FRAME",
     "PAGE_BYTES",
     "PARTIAL_SUFFIX",
     "ROWS_FRAME",
-    "TABLES_FRAME",
     "Footer",
     "FrameHeader",
     "Manifest",
@@ -53,9 +50,7 @@ MANIFEST_NAME = "store.json"
 PARTIAL_SUFFIX = ".partial"
 PAGE_BYTES = 4096
 DIGEST_BYTES = 8
-EXACT, COMPACT = 0, 1
-CODECS = {"exact": EXACT, "compact": COMPACT}
-TABLES_FRAME, ROWS_FRAME = 1, 2
+MODEL_FRAME, ROWS_FRAME = 1, 2
 
 _SHARD_NAME = re.compile(r"^(\d{12})-(\d{12})\.shard$")
 
@@ -101,18 +96,31 @@ class Manifest:
     lengths_digest: str
     draws: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    codecs: Sequence[Mapping[str, Any]] | None = None
+    """`manifest_entries` of the store's codecs; None in stores from before there was the field."""
+
+    source: bytes | None = field(default=None, compare=False, repr=False)
+    """The file that it was read from, whatever fields a later release has put there."""
 
     @classmethod
     def of(
-        cls, vocab_size: int, document_lengths: np.ndarray, draws: int, metadata: Mapping[str, Any]
+        cls,
+        vocab_size: int,
+        document_lengths: np.ndarray,
+        draws: int,
+        metadata: Mapping[str, Any],
+        codecs: Sequence[Mapping[str, Any]] | None = None,
     ) -> Manifest:
         digest = lengths_digest(document_lengths)
         rows = int(document_lengths.sum())
-        return cls(vocab_size, len(document_lengths), rows, digest, draws, dict(metadata))
+        return cls(vocab_size, len(document_lengths), rows, digest, draws, dict(metadata), codecs)
 
     def to_bytes(self) -> bytes:
+        if self.source is not None:
+            return self.source
         body = json.dumps(
             {
+                **({} if self.codecs is None else {"codecs": self.codecs}),
                 "format": "megatron-pd logit store",
                 "version": VERSION,
                 "kind": "sampled" if self.draws else "top",
@@ -145,11 +153,13 @@ class Manifest:
             lengths_digest=fields["lengths_digest"],
             draws=fields["draws"],
             metadata=fields["metadata"],
+            codecs=fields.get("codecs"),
+            source=data,
         )
 
     @property
     def store_id(self) -> int:
-        """Ties a shard to its store: 64-bit BLAKE2b of the manifest."""
+        """Ties a shard to its store: 64-bit BLAKE2b of the manifest's file."""
         digest = hashlib.blake2b(self.to_bytes(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
@@ -204,10 +214,14 @@ class ShardHeader:
     def range(self) -> range:
         return range(self.first_document, self.first_document + self.documents)
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.vocab_size, self.draws, self.value_bits)
+
 
 @dataclass(frozen=True)
 class FrameHeader:
-    """48 bytes before a block's or a table's payload."""
+    """48 bytes before the payload of a block or an entropy model."""
 
     type: int
     codec: int
@@ -215,7 +229,7 @@ class FrameHeader:
     rows: int
     payload_bytes: int
     row: int
-    tables_offset: int
+    model_offset: int
     entries: int
     max_count: int
     digests: int
@@ -234,7 +248,7 @@ class FrameHeader:
             self.rows,
             self.payload_bytes,
             self.row,
-            self.tables_offset,
+            self.model_offset,
             self.entries,
             self.max_count,
             self.digests,

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_pd.store.blocks import CodedBlock
+from megatron_pd.store.codecs import Codec
+from megatron_pd.store.codecs.in_store import by_number
 from megatron_pd.store.format import (
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
@@ -40,28 +42,29 @@ class LogitStore:
         manifest_path = self.path / MANIFEST_NAME
         if not manifest_path.exists():
             raise StoreError(f"{self.path}: no logit store here ({MANIFEST_NAME} is missing).")
-        self._manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
+        self.manifest = Manifest.from_bytes(manifest_path.read_bytes(), manifest_path)
+        self._codecs = by_number(self.manifest.codecs, manifest_path)
         self._shards = self._open_shards()
         self._firsts = [shard.documents.start for shard in self._shards]
 
     @property
     def store_id(self) -> int:
         """Hash of the manifest, which every shard carries."""
-        return self._manifest.store_id
+        return self.manifest.store_id
 
     @property
     def vocab_size(self) -> int:
-        return self._manifest.vocab_size
+        return self.manifest.vocab_size
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The free-form description given to the writer."""
-        return dict(self._manifest.metadata)
+        return dict(self.manifest.metadata)
 
     @property
     def draws(self) -> int:
         """Draws per row of a store of the `sampled` kind, else 0."""
-        return self._manifest.draws
+        return self.manifest.draws
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -90,8 +93,17 @@ class LogitStore:
 
     @property
     def codecs(self) -> set[str]:
-        """The codecs of its shards: one, unless it was put together from several stores."""
-        return {shard.codec for shard in self._shards}
+        """Names of its blocks' codecs: one, unless it was put together from several stores."""
+        return {codec.name for codec in self.codec_types}
+
+    @property
+    def codec_types(self) -> set[type[Codec]]:
+        """The codecs themselves."""
+        if self.manifest.codecs is not None:
+            return {self._codecs[entry["number"]] for entry in self.manifest.codecs}
+        # From before manifests said it; shards without blocks could have any.
+        first = {shard.first_codec for shard in self._shards}
+        return {codec for codec in first if codec is not None}
 
     @property
     def value_bits(self) -> set[int]:
@@ -101,11 +113,11 @@ class LogitStore:
     @property
     def lengths_digest(self) -> str:
         """Tells corpora apart by their document lengths; the same for parts of one store."""
-        return self._manifest.lengths_digest
+        return self.manifest.lengths_digest
 
     @property
     def num_documents(self) -> int:
-        return self._manifest.documents
+        return self.manifest.documents
 
     @property
     def shard_documents(self) -> list[range]:
@@ -115,7 +127,7 @@ class LogitStore:
     @property
     def num_rows(self) -> int:
         """Rows of all documents, the missing ones of a partial store included."""
-        return self._manifest.rows
+        return self.manifest.rows
 
     @property
     def num_entries(self) -> int:
@@ -176,7 +188,7 @@ class LogitStore:
         """Reads spans (int64 [n, 3]: document, offset, length) one after another into out_ids
         int32 [rows, K], out_logprobs float32 [rows, K], out_counts int32 [rows] and, by name,
         out_statistics float32 [rows] each (NaN where the store has no such value); all contiguous.
-        Of a row with more than K entries the K likeliest are kept.  `rows` is the sum of the
+        Of a row with more than K entries the top K are kept.  `rows` is the sum of the
         lengths."""
         statistics = out_statistics or {}
         out = (out_ids, out_logprobs, out_counts)
@@ -256,7 +268,7 @@ class LogitStore:
                 f"{len(lengths)}. Use the corpus it was dumped from, or dump it for this one."
             )
         # The manifest's digest tells in one pass over the lengths, and reads nothing of the shards.
-        same_lengths = lengths_digest(lengths) == self._manifest.lengths_digest
+        same_lengths = lengths_digest(lengths) == self.manifest.lengths_digest
         sample = max(1, _SAMPLED_DOCUMENTS // max(1, len(self._shards)))
         for shard in self._shards:
             shard.check_corpus(corpus, None if same_lengths and not full else lengths, full, sample)
@@ -273,7 +285,9 @@ class LogitStore:
         shards: list[Shard] = []
         for entry in sorted(os.listdir(self.path)):
             if (documents := parse_shard_name(entry)) is not None:
-                shards.append(Shard(self.path / entry, documents, self._manifest.store_id))
+                shards.append(
+                    Shard(self.path / entry, documents, self.manifest.store_id, self._codecs)
+                )
         for a, b in itertools.pairwise(shards):
             if a.documents.stop > b.documents.start:
                 raise StoreError(f"{b.path}: overlaps {a.path.name}. Move one of them away.")

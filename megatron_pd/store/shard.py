@@ -6,34 +6,41 @@ import contextlib
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from megatron_pd.store import _logit_codec
-from megatron_pd.store.blocks import CodedBlock
+from megatron_pd.store.blocks import CodedBlock, EntropyModel
+from megatron_pd.store.codecs import Codec
 from megatron_pd.store.format import (
-    CODECS,
-    COMPACT,
     MANIFEST_NAME,
     Footer,
     FrameHeader,
     ShardHeader,
     token_digest,
 )
-from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, Layout, StoreError, TeacherRows
 
 __all__ = ["Shard"]
 
 
 class Shard:
     """Opening reads the header and the footer; the file is mapped at its first use, and every page
-    of the index, block and table is checked when it is touched. Every fault is a StoreError."""
+    of the index, block and entropy model is checked when it is touched. Faults are StoreErrors.
 
-    def __init__(self, path: Path, documents: range, store_id: int) -> None:
-        self.path, self.documents = path, documents
+    Args:
+        documents: those that the file's name promises.
+        store_id: of the store's manifest.
+        codecs: by the number in a block's header.
+    """
+
+    def __init__(
+        self, path: Path, documents: range, store_id: int, codecs: Mapping[int, type[Codec]]
+    ) -> None:
+        self.path, self.documents, self._codecs = path, documents, codecs
         with open(path, "rb") as file:
             header = file.read(ShardHeader.BYTES)
             self.header = ShardHeader.from_bytes(header, path)
@@ -72,15 +79,20 @@ class Shard:
                 vocab_size=self.header.vocab_size,
                 draws=self.header.draws,
                 value_bits=self.header.value_bits,
+                codecs={
+                    number: (
+                        np.dtype(codec.statistics_dtype).itemsize,
+                        _decoder_of(codec, self.header.layout),
+                    )
+                    for number, codec in self._codecs.items()
+                    if number not in _logit_codec.NATIVE_CODECS
+                },
             )
 
     @property
-    def codec(self) -> str:
-        """Of its first block."""
-        if not self.footer.blocks:
-            return "exact"
-        frame, _ = self._frame(ShardHeader.BYTES)
-        return {number: name for name, number in CODECS.items()}[frame.codec]
+    def first_codec(self) -> type[Codec] | None:
+        """Of its first block; None without blocks."""
+        return self._codec_of(self._header(0)) if self.footer.blocks else None
 
     @property
     def starts(self) -> np.ndarray:
@@ -95,7 +107,7 @@ class Shard:
 
     def read(self, document: int, offset: int, length: int) -> TeacherRows:
         """The rows [offset, offset + length) of a document."""
-        begin = self._first_row(document, offset, length)
+        begin = self._checked_row(document, offset, length)
         with self._reported():
             width = self.native.max_count(begin, begin + length)
         rows = TeacherRows.empty(length, width)
@@ -121,11 +133,11 @@ class Shard:
     ) -> None:
         """Writes rows into the padded ids, logprobs and counts `out` from row `first` on, and all
         statistics into float32 [3, length] (NaN where absent)."""
-        begin = self._first_row(document, offset, length)
+        begin = self._checked_row(document, offset, length)
         with self._reported():
             self.native.read(begin, begin + length, *out, first, statistics)
 
-    def _first_row(self, document: int, offset: int, length: int) -> int:
+    def _checked_row(self, document: int, offset: int, length: int) -> int:
         with self._reported():
             begin, end = self.native.document_rows(document - self.documents.start)
         if offset < 0 or length < 0 or offset + length > end - begin:
@@ -144,46 +156,52 @@ class Shard:
     def coded_blocks(self, begin: int, end: int) -> Iterator[tuple[int, CodedBlock]]:
         """(first row, block) for the blocks of the shard's rows [begin, end), as they are coded; of
         blocks that are not wholly inside, the rows inside."""
-        starts = np.array([self._block(i)[0] for i in range(self.footer.blocks)], np.int64)
-        tables: dict[int, bytes] = {}
+        starts = np.array([self._first_row(i) for i in range(self.footer.blocks)], np.int64)
+        models: dict[int, EntropyModel] = {}
         for index in range(int(np.searchsorted(starts, begin, "right")) - 1, len(starts)):
-            row, offset = self._block(index)
+            row = int(starts[index])
             if row >= end:
                 return
             self.check_block(index)
-            header, payload = self._frame(offset)
-            if header.codec == COMPACT and header.tables_offset not in tables:
-                tables[header.tables_offset] = self._frame(header.tables_offset)[1]
+            header = self._header(index)
+            codec, at = self._codec_of(header), header.model_offset
+            with self._reported():
+                payload = self.native.block_payload(index)
+                if at and at not in models:
+                    models[at] = EntropyModel(codec, self.native.block_model(index))
             block = CodedBlock(
-                header.codec,
+                codec,
                 header.statistics,
                 header.rows,
                 header.entries,
                 header.max_count,
                 payload[8 * header.digests :],
-                tables.get(header.tables_offset) if header.codec == COMPACT else None,
+                models[at] if at else None,
             )
             first, stop = max(begin, row), min(end, row + header.rows)
             if stop - first < header.rows:
                 counts = self._counts(row, row + header.rows)
-                block = block.part(first - row, stop - row, counts, self.header)
+                block = block.part(first - row, stop - row, counts, self.header.layout)
             if stop > first:
                 yield first, block
 
-    def _block(self, index: int) -> tuple[int, int]:
-        """First row and byte offset."""
+    def _first_row(self, block: int) -> int:
         with self._reported():
-            return self.native.block(index)
+            return self.native.block(block)[0]
 
-    def _frame(self, offset: int) -> tuple[FrameHeader, bytes]:
-        with open(self.path, "rb") as file:
-            header = FrameHeader.from_bytes(os.pread(file.fileno(), FrameHeader.BYTES, offset))
-            size = header.payload_bytes if header is not None else 0
-            payload = os.pread(file.fileno(), size, offset + FrameHeader.BYTES)
-        if header is None or zlib.crc32(payload) != header.payload_crc:
-            with self._reported():
-                raise _logit_codec.CorruptError(f"the block at byte {offset} is damaged")
-        return header, payload
+    def _header(self, block: int) -> FrameHeader:
+        with self._reported():
+            header = FrameHeader.from_bytes(self.native.block_header(block))
+        assert header is not None
+        return header
+
+    def _codec_of(self, header: FrameHeader) -> type[Codec]:
+        if header.codec not in self._codecs:
+            raise StoreError(
+                f"{self.path}: a block of codec number {header.codec}, which {MANIFEST_NAME} does "
+                "not name. Copy the shard again from where it came from."
+            )
+        return self._codecs[header.codec]
 
     def _counts(self, begin: int, end: int) -> np.ndarray:
         width = max(1, self.footer.max_count)
@@ -198,7 +216,7 @@ class Shard:
             self.native.check_index()
 
     def check_frames(self) -> None:
-        """Raises StoreError unless intact blocks and tables fill the file up to its index."""
+        """Raises StoreError unless intact blocks and models fill the file up to its index."""
         with self._reported():
             self.native.check_frames()
 
@@ -215,7 +233,7 @@ class Shard:
             raise StoreError(
                 f"{self.path}: {error}. Copy the shard again from where it came from, or delete "
                 "it and dump its documents again."
-            ) from None
+            ) from error.__cause__
 
     def check_corpus(
         self, corpus: Corpus, lengths: np.ndarray | None, full: bool, sample: int = 256
@@ -242,3 +260,36 @@ class Shard:
             f"{self.path}: document {self.documents.start + index} has other {what} in this corpus "
             "than in the one that the teacher read. Use that corpus, or dump the store again."
         )
+
+
+def _decoder_of(codec: type[Codec], layout: Layout) -> Callable[[int, bytes | None], Callable]:
+    """What makes the decoder of the blocks that share a model, for the native reader."""
+
+    def failed(offset: int, error: Exception) -> _logit_codec.CorruptError:
+        return _logit_codec.CorruptError(
+            f"the block at byte {offset}: codec {codec.name!r} can't decode it: "
+            f"{type(error).__name__}: {error}"
+        )
+
+    def decoder(offset: int, model: bytes | None) -> Callable:
+        try:
+            coder = codec(layout, model)
+        except Exception as error:
+            raise failed(offset, error) from error
+
+        def decode(
+            offset: int, stream: bytes, rows: int, entries: int
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            try:
+                found = coder.decode(stream, rows, entries)
+                return (
+                    np.ascontiguousarray(found.counts, np.int32),
+                    np.ascontiguousarray(found.ids, np.int32),
+                    np.ascontiguousarray(found.logprobs, np.float32),
+                )
+            except Exception as error:
+                raise failed(offset, error) from error
+
+        return decode
+
+    return decoder

@@ -10,14 +10,14 @@ import numpy as np
 
 from megatron_pd.errors import UserError
 
-__all__ = ["STATISTICS", "Corpus", "ShardInUseError", "StoreError", "TeacherRows"]
+__all__ = ["STATISTICS", "Corpus", "Layout", "ShardInUseError", "StoreError", "TeacherRows"]
 
 #: Optional per-row float32 values, in the order of their bits in a block's header.
 STATISTICS = ("label_logprob", "entropy", "std")
 
 
 class StoreError(UserError):
-    """A logit store, or a request to one, is wrong; the message says where, how and the mend."""
+    """A logit store, or a request to one, is wrong; the message says where, how and the fix."""
 
 
 class ShardInUseError(StoreError):
@@ -33,6 +33,20 @@ class Corpus(Protocol):
 
     def tokens(self, document: int) -> np.ndarray:
         """The token ids of one document: 1-D, any integer dtype."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a shard says about all of its rows.
+
+    vocab_size  how many ids there are; an id is below it.
+    draws       draws of every row that isn't empty; 0 for top rows.
+    value_bits  resolution of the codecs that quantize log-probabilities.
+    """
+
+    vocab_size: int
+    draws: int
+    value_bits: int
 
 
 @dataclass(frozen=True)

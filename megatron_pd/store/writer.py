@@ -1,41 +1,41 @@
-"""Writes one shard of a logit store; safe against being killed at any instant."""
+"""Writes one shard of a logit store; safe against being killed at any instant.
+
+Rows wait in `PendingRows`, are coded, and go to the file through `ShardAppender`, which begins with
+what `recovery` finds of an earlier writer.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import zlib
-from array import array
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_pd.errors import UserError
 from megatron_pd.store import _logit_codec
-from megatron_pd.store.blocks import CodedBlock, RaggedRows, encode_frame, tables_frame
+from megatron_pd.store.appender import ShardAppender
+from megatron_pd.store.blocks import CodedBlock, EntropyModel
+from megatron_pd.store.codecs import Codec, codec_named
+from megatron_pd.store.codecs.in_store import by_number, manifest_entries
+from megatron_pd.store.document_rows import DocumentRows
 from megatron_pd.store.files import AppendFile, fsync_directory, publish_once, write_error
 from megatron_pd.store.format import (
-    CODECS,
-    COMPACT,
     MANIFEST_NAME,
     MAX_VOCAB_SIZE,
     PARTIAL_SUFFIX,
-    TABLES_FRAME,
-    Footer,
     FrameHeader,
     Manifest,
     ShardHeader,
-    is_intact,
-    page_crcs,
     parse_shard_name,
     shard_name,
     token_digest,
 )
-from megatron_pd.store.tables import TablesTrainer
-from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.pending import PendingRows
+from megatron_pd.store.ragged import RaggedRows
+from megatron_pd.store.types import STATISTICS, Corpus, Layout, StoreError, TeacherRows
 
 __all__ = ["LogitStoreWriter"]
 
@@ -44,29 +44,6 @@ __all__ = ["LogitStoreWriter"]
 BLOCK_ROWS = 256
 BUFFER_BYTES = 16 << 20
 Kind = Literal["top", "sampled"]
-
-
-@dataclass
-class _Blocks:
-    """What the index and the footer will say about the blocks written so far."""
-
-    rows: array[int] = field(default_factory=lambda: array("Q"))
-    offsets: array[int] = field(default_factory=lambda: array("Q"))
-    entries: int = 0
-    max_count: int = 0
-    statistics: int = 0
-
-    def add(self, header: FrameHeader, offset: int) -> None:
-        self.rows.append(header.row)
-        self.offsets.append(offset)
-        self.entries += header.entries
-        self.max_count = max(self.max_count, header.max_count)
-        self.statistics |= header.statistics
-
-    def table(self) -> np.ndarray:
-        """uint64 [blocks, 2]: first row and offset of every block, by row."""
-        table = np.stack([np.array(self.rows, "<u8"), np.array(self.offsets, "<u8")], axis=1)
-        return table[np.argsort(table[:, 0])]
 
 
 class LogitStoreWriter:
@@ -83,14 +60,21 @@ class LogitStoreWriter:
     and whatever of the rest reached the file.  A writer whose write failed or was interrupted can
     only be left; the next one goes on.  It holds some 100 MB beside 32 bytes per document.
 
-    codec       "compact" (default), or "exact" (float32 log-probabilities).
+    codec       "compact" (default), "exact" (float32 log-probabilities), a codec of your own as
+                `package.module:attribute`, or the subclass of `Codec` itself.
     value_bits  resolution of `compact`: 10 bits cost about 2e-6 nats per entry of a row, at most
                 three times that; each further bit leaves a quarter of it and takes about a bit per
                 entry.
+    codecs      all codecs of the store, where `append_block` brings blocks of several.
+    flush_rows  flush by itself whenever so many rows were appended since the last time; None: only
+                when it is called.
     corpus      binds the shard to the corpus by a hash of every document's tokens.
     token_digests  uint64 [documents of the shard]: these hashes themselves, in place of the corpus
                 (copies of a store have `LogitStore.token_digests`).
     kind        "top", or "sampled" with `draws` (draws of every non-empty row).
+
+    Raises StoreError for arguments out of range, a codec that can't be found, another dump's files
+    in the way, and what a disk refuses.
     """
 
     def __init__(
@@ -100,8 +84,10 @@ class LogitStoreWriter:
         vocab_size: int,
         document_lengths: np.ndarray,
         metadata: Mapping[str, Any],
-        codec: str = "compact",
+        codec: str | type[Codec] = "compact",
         value_bits: int = 10,
+        codecs: Sequence[type[Codec]] | None = None,
+        flush_rows: int | None = None,
         corpus: Corpus | None = None,
         token_digests: np.ndarray | None = None,
         documents: range | None = None,
@@ -109,41 +95,39 @@ class LogitStoreWriter:
         draws: int = 0,
     ) -> None:
         lengths = np.asarray(document_lengths, np.int64)
-        _check_arguments(path, vocab_size, lengths, codec, kind, draws, value_bits)
+        layout = Layout(vocab_size, draws, value_bits)
+        _check_arguments(path, layout, lengths, kind)
         self.path = Path(path)
         self.documents = _checked_range(documents, len(lengths))
+        self._layout = layout
+        self._codec = _codec(path, codec)
         self._corpus = corpus
         self._bound = corpus is not None or token_digests is not None
-        self._vocab_size = vocab_size
-        self._value_bits = value_bits
-        self._trainer = (
-            TablesTrainer(vocab_size, draws, value_bits) if CODECS[codec] == COMPACT else None
-        )
-        self._manifest = Manifest.of(vocab_size, lengths, draws, metadata)
-        shard_lengths = lengths[self.documents.start : self.documents.stop]
-        self._starts = np.concatenate([[0], np.cumsum(shard_lengths)])
-        self._next = np.zeros(len(shard_lengths), np.int64)
-        self._durable = np.zeros(len(shard_lengths), np.int64)
-        self._digests = np.zeros(len(shard_lengths), np.uint64)
+        self._flush_rows, self._unflushed_rows = flush_rows, 0
+        self._rows = DocumentRows(lengths[self.documents.start : self.documents.stop])
         if token_digests is not None:
-            self._digests[:] = token_digests
-        self._file: AppendFile | None = None
-        self._pending: dict[int, list[RaggedRows]] = {}
-        self._pending_end: dict[int, int] = {}
-        self._pending_bytes = 0
-        self._failed = False
-        self._blocks = _Blocks()
-        self._tables_offsets: dict[bytes, int] = {}
+            self._rows.digests[:] = token_digests
+        self._pending = PendingRows()
         self._statistics: tuple[str, ...] | None = None
-        self._open()
+        self._trainer = self._codec.trainer(layout)
+        self._model: EntropyModel | None = None
+        self._coder: Codec | None = None
+        self._failed = False
+        self._final = self.path / shard_name(self.documents)
+        entries = manifest_entries([self._codec] if codecs is None else codecs)
+        self._manifest = Manifest.of(vocab_size, lengths, draws, metadata, entries)
+        self._shard = self._open()
 
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
         """Adds rows `offset`, `offset + 1`, ... of a document."""
         index = self._checked_position(document, offset, len(rows))
         ragged = RaggedRows.of(
-            rows, self._vocab_size, self._manifest.draws, f"{self.path}, document {document}"
+            rows,
+            self._layout.vocab_size,
+            self._layout.draws,
+            f"{self.path}, document {document}",
         )
-        if offset + len(rows) == self._length(index) and len(rows) and rows.counts[-1]:
+        if offset + len(rows) == self._rows.length(index) and len(rows) and rows.counts[-1]:
             raise StoreError(
                 f"document {document}: its last row has {rows.counts[-1]} entries, but no token "
                 "follows the last one. Rows are probably shifted by one: row j holds the "
@@ -151,66 +135,56 @@ class LogitStoreWriter:
             )
         self._check_statistics(document, rows)
         if offset == 0 and self._corpus is not None:
-            self._digests[index] = self._token_digest(document)
+            self._rows.digests[index] = self._token_digest(document)
         if len(rows):
-            self._enqueue(int(self._starts[index]) + offset, ragged)
-            self._next[index] += len(rows)
-        if self._pending_bytes >= BUFFER_BYTES:
+            self._pending.add(int(self._rows.starts[index]) + offset, ragged)
+            self._rows.appended[index] += len(rows)
+        if self._pending.nbytes >= BUFFER_BYTES:
             self._write_pending()
+        self._flush_if_due(len(rows))
 
     def append_block(self, row: int, block: CodedBlock) -> None:
         """Adds a block of another shard as it is coded; `row`, counted from the shard's first, is
         its first row and must be the next of its document. `value_bits` must be that shard's."""
         self._check_usable()
-        first, last = self._documents_of(row, row + block.rows)
-        if self._file is None or row - self._starts[first] != self._next[first]:
+        if self._shard is None or not self._rows.is_next(row):
             raise StoreError(f"{self._final}: row {row} was appended out of turn.")
-        tables_offset = 0
         with self._failing_for_good():
-            if block.tables is not None:
-                key = _tables_key(block.tables)
-                if key not in self._tables_offsets:
-                    self._tables_offsets[key] = self._file.append(tables_frame(block.tables))
-                tables_offset = self._tables_offsets[key]
-            digests = self._digests[self._begun_in(row, row + block.rows)]
-            frame = block.frame(row, digests if self._bound else digests[:0], tables_offset)
-            header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
-            assert header is not None
-            self._blocks.add(header, self._file.append(frame))
-        ends = np.minimum(row + block.rows, self._starts[first + 1 : last + 1])
-        self._next[first:last] = ends - self._starts[first:last]
+            self._shard.add_block(row, block)
+        self._rows.add(row, row + block.rows)
+        self._flush_if_due(block.rows)
 
     def flush(self) -> None:
         """Returns once everything appended before is durable."""
         self._check_usable()
-        if self._file is not None:
+        if self._shard is not None:
             self._write_pending()
             with self._failing_for_good():
-                self._file.sync()
-        self._durable[:] = self._next
+                self._shard.sync()
+        self._rows.durable[:] = self._rows.appended
+        self._unflushed_rows = 0
 
     def written(self, document: int) -> int:
         """Rows of a document that are durable: a restarted dump goes on at this offset."""
-        return int(self._durable[self._checked_document(document)])
+        return int(self._rows.durable[self._checked_document(document)])
 
     def close(self) -> None:
         """Finishes the shard: checks that no row is missing, then publishes it."""
         self._check_usable()
-        if self._file is None:
+        if self._shard is None:
             return
         try:
             self._write_pending()
             self._check_complete()
-            self._write_index(self._file)
-            self._file.publish(self._final)
+            self._shard.finish(self._final)
         finally:
             self.abandon()
 
     def abandon(self) -> None:
         """Leaves the shard unfinished; the next writer goes on after the last whole block."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
 
     def __enter__(self) -> LogitStoreWriter:
         return self
@@ -226,158 +200,81 @@ class LogitStoreWriter:
         else:
             self.abandon()
 
-    def _open(self) -> None:
-        self._final = self.path / shard_name(self.documents)
-        header = ShardHeader(
-            self._manifest.store_id,
-            self.documents.start,
-            len(self.documents),
-            int(self._starts[-1]),
-            self._vocab_size,
-            self._manifest.draws,
-            self._value_bits,
-            self._bound,
-        )
-        self._header = header.to_bytes()
+    def _open(self) -> ShardAppender | None:
+        """What appends to the shard; None where it is finished already."""
         try:
             if not self.path.is_dir():
                 self.path.mkdir(parents=True, exist_ok=True)
                 fsync_directory(self.path.parent)
         except OSError as error:
             raise write_error(self.path, error) from error
-        _publish_manifest(self.path / MANIFEST_NAME, self._manifest)
+        manifest = _publish_manifest(self.path / MANIFEST_NAME, self._manifest)
         if self._final.exists():
-            self._durable[:] = self._next[:] = np.diff(self._starts)
-            return
+            self._rows.durable[:] = self._rows.appended[:] = np.diff(self._rows.starts)
+            return None
         self._check_overlap()
-        partial = self._final.with_name(self._final.name + PARTIAL_SUFFIX)
-        self._file = AppendFile(partial)
+        header = ShardHeader(
+            manifest.store_id,
+            self.documents.start,
+            len(self.documents),
+            int(self._rows.starts[-1]),
+            self._layout.vocab_size,
+            self._layout.draws,
+            self._layout.value_bits,
+            self._bound,
+        )
+        file = AppendFile(self._final.with_name(self._final.name + PARTIAL_SUFFIX))
         try:
-            self._resume(self._file)
+            codecs = by_number(manifest.codecs, self.path / MANIFEST_NAME)
+            shard = ShardAppender(file, header, self._rows, codecs, self._found)
         except BaseException:
-            self.abandon()
+            file.close()
             raise
+        self._rows.durable[:] = self._rows.appended
+        return shard
 
-    def _resume(self, file: AppendFile) -> None:
-        found = file.read(0, len(self._header))
-        if file.end <= len(self._header) and found != self._header and not is_intact(found):
-            # Nothing, or what a crash left of the header: no frame comes before it is durable.
-            file.truncate(0)
-            file.append(self._header)
-            file.sync()
-            return
-        if found != self._header:
-            raise StoreError(
-                f"{file.path}: an unfinished shard of another dump (other teacher, corpus, codec "
-                "or settings) is in the way. Finish it with its own settings, or delete it."
+    def _found(self, header: FrameHeader, model: EntropyModel | None) -> None:
+        """A frame of the unfinished shard that is gone on with."""
+        if model is None:
+            self._statistics = tuple(
+                name for bit, name in enumerate(STATISTICS) if header.statistics >> bit & 1
             )
-        end = len(self._header)
-        for header, payload, offset in _frames(file):
-            end = offset + FrameHeader.BYTES + len(payload)
-            if header.type != TABLES_FRAME:
-                self._remember(header, payload, offset)
-            else:
-                self._tables_offsets[_tables_key(payload)] = offset
-                if self._trainer is not None:
-                    self._trainer.resume(payload, offset)
-        file.truncate(end)
-        file.sync()  # a killed writer may have left what it wrote to the page cache alone
-        self._durable[:] = self._next
-
-    def _remember(self, header: FrameHeader, payload: bytes, offset: int) -> None:
-        self._blocks.add(header, offset)
-        if self._trainer is not None:
-            self._trainer.resume_rows(header.entries)
-        first, last = self._documents_of(header.row, header.row + header.rows)
-        ends = np.minimum(header.row + header.rows, self._starts[first + 1 : last + 1])
-        self._next[first:last] = ends - self._starts[first:last]
-        if self._bound:
-            begun = self._begun_in(header.row, header.row + header.rows)
-            self._digests[begun] = np.frombuffer(payload, "<u8", len(begun))
-        names = tuple(name for bit, name in enumerate(STATISTICS) if header.statistics >> bit & 1)
-        self._statistics = names
-
-    def _documents_of(self, row: int, end: int) -> tuple[int, int]:
-        first = int(np.searchsorted(self._starts, row, "right")) - 1
-        return first, int(np.searchsorted(self._starts, end, "left"))
-
-    def _begun_in(self, row: int, end: int) -> np.ndarray:
-        """Non-empty documents whose first row is in [row, end)."""
-        first, last = np.searchsorted(self._starts[:-1], [row, end], "left")
-        documents = np.arange(first, last)
-        return documents[self._starts[documents] < self._starts[documents + 1]]
-
-    def _enqueue(self, row: int, rows: RaggedRows) -> None:
-        start = self._pending_end.pop(row, row)
-        self._pending.setdefault(start, []).append(rows)
-        self._pending_end[row + len(rows)] = start
-        self._pending_bytes += 8 * len(rows.ids) + 16 * len(rows) + 1024
+            if self._trainer is not None:
+                self._trainer.found_rows(header.entries)
+        elif self._trainer is not None and model.codec is self._codec:
+            self._trainer.found_model(model.payload)
+            self._model = model
 
     def _write_pending(self) -> None:
         """Writes the buffered rows, neighbouring documents in common blocks."""
         with self._failing_for_good():
-            runs = [(row, RaggedRows.concatenate(parts)) for row, parts in self._joined_runs()]
-            if runs and self._trainer is not None:
-                self._renew_tables(self._trainer, [rows for _, rows in runs])
+            runs = self._pending.take()
+            if not runs:
+                return
+            assert self._shard is not None
+            coder = self._coder_for([rows for _, rows in runs])
             for row, rows in runs:
                 for block in rows.blocks(BLOCK_ROWS):
-                    self._write_block(row, block)
+                    self._shard.add_block(row, CodedBlock.of(block, coder, self._model))
                     row += len(block)
-        self._pending.clear()
-        self._pending_end.clear()
-        self._pending_bytes = 0
 
-    def _joined_runs(self) -> Iterator[tuple[int, list[RaggedRows]]]:
-        ends = {start: end for end, start in self._pending_end.items()}
-        run: tuple[int, list[RaggedRows]] | None = None
-        run_end = -1
-        for start in sorted(self._pending):
-            if run is not None and start == run_end:
-                run[1].extend(self._pending[start])
-            else:
-                if run is not None:
-                    yield run
-                run = (start, list(self._pending[start]))
-            run_end = ends[start]
-        if run is not None:
-            yield run
-
-    def _renew_tables(self, trainer: TablesTrainer, runs: list[RaggedRows]) -> None:
-        assert self._file is not None
-        payload = trainer.train(runs)
+    def _coder_for(self, runs: list[RaggedRows]) -> Codec:
+        """What codes these rows; a new model of them is in the file before."""
+        payload = None if self._trainer is None else self._trainer.train(runs)
         if payload is not None:
-            trainer.resume(payload, self._file.append(tables_frame(payload)))
+            assert self._shard is not None
+            self._model = EntropyModel(self._codec, payload)
+            self._coder = None
+            self._shard.add_model(self._model)
+        if self._coder is None:
+            model = self._model
+            self._coder = self._codec(self._layout, None if model is None else model.payload)
+        return self._coder
 
-    def _write_block(self, row: int, rows: RaggedRows) -> None:
-        assert self._file is not None
-        digests = self._digests[self._begun_in(row, row + len(rows))]
-        digests = digests if self._bound else digests[:0]
-        tables = self._trainer.tables if self._trainer is not None else None
-        frame = encode_frame(rows, row, digests, tables)
-        offset = self._file.append(frame)
-        header = FrameHeader.from_bytes(frame[: FrameHeader.BYTES])
-        assert header is not None
-        self._blocks.add(header, offset)
-
-    def _write_index(self, file: AppendFile) -> None:
-        table = self._blocks.table()
-        parts = [self._starts.astype("<u8").tobytes()]
-        if self._bound:
-            parts.append(self._digests.astype("<u8").tobytes())
-        index = b"".join([*parts, table.tobytes()])
-        offset = file.append(index)
-        file.append(page_crcs(index))
-        footer = Footer(
-            file.end + Footer.BYTES,
-            offset,
-            len(index),
-            len(table),
-            self._blocks.entries,
-            self._blocks.max_count,
-            self._blocks.statistics,
-            zlib.crc32(self._header),
-        )
-        file.append(footer.to_bytes())
+    def _flush_if_due(self, rows: int) -> None:
+        self._unflushed_rows += rows
+        if self._flush_rows is not None and self._unflushed_rows >= self._flush_rows:
+            self.flush()
 
     @contextlib.contextmanager
     def _failing_for_good(self) -> Iterator[None]:
@@ -398,13 +295,14 @@ class LogitStoreWriter:
             )
 
     def _check_complete(self) -> None:
-        missing = np.flatnonzero(self._next < np.diff(self._starts))
+        missing = self._rows.incomplete()
         if len(missing):
             index = int(missing[0])
             raise StoreError(
-                f"{self._final}: {len(missing)} of {len(self._next)} documents are not complete, "
-                f"the first is document {self.documents[index]} with {self._next[index]} of "
-                f"{self._length(index)} rows. Append the rest; what is there is kept."
+                f"{self._final}: {len(missing)} of {len(self.documents)} documents are not "
+                f"complete, the first is document {self.documents[index]} with "
+                f"{self._rows.appended[index]} of {self._rows.length(index)} rows. Append the "
+                "rest; what is there is kept."
             )
 
     def _check_overlap(self) -> None:
@@ -442,28 +340,25 @@ class LogitStoreWriter:
     def _checked_position(self, document: int, offset: int, rows: int) -> int:
         self._check_usable()
         index = self._checked_document(document)
-        if self._file is None:
+        if self._shard is None:
             raise StoreError(f"{self._final}: the shard is finished, nothing can be added to it.")
-        if offset != self._next[index]:
+        if offset != self._rows.appended[index]:
             raise StoreError(
                 f"document {document}: rows must come in order; the next one is "
-                f"{self._next[index]}, but rows from {offset} were appended. "
+                f"{self._rows.appended[index]}, but rows from {offset} were appended. "
                 "Start at written(document)."
             )
-        if offset + rows > self._length(index):
+        if offset + rows > self._rows.length(index):
             raise StoreError(
                 f"document {document}: rows {offset} to {offset + rows - 1} appended, but it has "
-                f"{self._length(index)} tokens. Is this another corpus?"
+                f"{self._rows.length(index)} tokens. Is this another corpus?"
             )
         return index
-
-    def _length(self, index: int) -> int:
-        return int(self._starts[index + 1] - self._starts[index])
 
     def _token_digest(self, document: int) -> int:
         assert self._corpus is not None
         tokens = self._corpus.tokens(document)
-        expected = self._length(document - self.documents.start)
+        expected = self._rows.length(document - self.documents.start)
         if len(tokens) != expected:
             raise StoreError(
                 f"document {document}: the corpus has {len(tokens)} tokens, document_lengths says "
@@ -472,32 +367,41 @@ class LogitStoreWriter:
         return token_digest(tokens)
 
 
-def _frames(file: AppendFile) -> Iterator[tuple[FrameHeader, bytes, int]]:
-    """The whole frames at the start of an unfinished shard; ends at the first torn one."""
-    offset = ShardHeader.BYTES
-    while header := FrameHeader.from_bytes(file.read(offset, FrameHeader.BYTES)):
-        payload = file.read(offset + FrameHeader.BYTES, header.payload_bytes)
-        if len(payload) != header.payload_bytes or zlib.crc32(payload) != header.payload_crc:
-            return
-        yield header, payload, offset
-        offset += FrameHeader.BYTES + header.payload_bytes
-
-
-def _tables_key(payload: bytes) -> bytes:
-    return hashlib.blake2b(payload, digest_size=16).digest()
-
-
-def _publish_manifest(path: Path, manifest: Manifest) -> None:
+def _publish_manifest(path: Path, manifest: Manifest) -> Manifest:
+    """Creates the manifest unless it is there; returns the one that is, which must say the same."""
     if not path.exists():
         publish_once(path, manifest.to_bytes())
     found = Manifest.from_bytes(path.read_bytes(), path)
-    for name in ("vocab_size", "documents", "rows", "lengths_digest", "draws", "metadata"):
-        there, here = getattr(found, name), getattr(manifest, name)
-        if there != here and Manifest.to_bytes(found) != Manifest.to_bytes(manifest):
+    own = Manifest.from_bytes(manifest.to_bytes(), path)  # through JSON, as the other's values went
+    for name in (
+        "vocab_size",
+        "documents",
+        "rows",
+        "lengths_digest",
+        "draws",
+        "metadata",
+        "codecs",
+    ):
+        there, here = getattr(found, name), getattr(own, name)
+        if there != here and not (name == "codecs" and _is_older(found, own)):
             raise StoreError(
                 f"{path}: the store was begun with {name} {there!r}, this writer has {here!r}. "
                 "Use the same settings on every rank and restart, or another path."
             )
+    return found
+
+
+def _is_older(found: Manifest, manifest: Manifest) -> bool:
+    """Whether a store was begun before there was the field `codecs`, and can be gone on with."""
+    assert manifest.codecs is not None
+    return found.codecs is None and not any("import" in entry for entry in manifest.codecs)
+
+
+def _codec(path: str | Path, codec: str | type[Codec]) -> type[Codec]:
+    try:
+        return codec_named(codec) if isinstance(codec, str) else codec
+    except UserError as error:
+        raise StoreError(f"{path}: {error}") from None
 
 
 def _overlap(a: range, b: range) -> bool:
@@ -512,27 +416,18 @@ def _checked_range(documents: range | None, total: int) -> range:
     return documents
 
 
-def _check_arguments(
-    path: str | Path,
-    vocab_size: int,
-    lengths: np.ndarray,
-    codec: str,
-    kind: str,
-    draws: int,
-    value_bits: int,
-) -> None:
-    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-        raise StoreError(f"{path}: vocab_size {vocab_size} is not in [1, {MAX_VOCAB_SIZE}].")
+def _check_arguments(path: str | Path, layout: Layout, lengths: np.ndarray, kind: str) -> None:
+    if not 0 < layout.vocab_size <= MAX_VOCAB_SIZE:
+        raise StoreError(f"{path}: vocab_size {layout.vocab_size} is not in [1, {MAX_VOCAB_SIZE}].")
     if lengths.ndim != 1 or (lengths < 0).any():
         raise StoreError(f"{path}: document_lengths must be a 1-D array of lengths >= 0.")
-    if codec not in CODECS:
-        raise StoreError(f"{path}: unknown codec {codec!r}; choose one of {sorted(CODECS)}.")
     lowest, highest = _logit_codec.MIN_VALUE_BITS, _logit_codec.MAX_VALUE_BITS
-    if not lowest <= value_bits <= highest:
-        raise StoreError(f"{path}: value_bits {value_bits} is not in [{lowest}, {highest}].")
-    if not 0 <= draws < 1 << 16:
-        raise StoreError(f"{path}: {draws} draws; a row of a store has at most 65,535.")
-    if (kind == "sampled") != (draws > 0) or kind not in ("top", "sampled"):
+    if not lowest <= layout.value_bits <= highest:
+        raise StoreError(f"{path}: value_bits {layout.value_bits} is not in [{lowest}, {highest}].")
+    if not 0 <= layout.draws < 1 << 16:
+        raise StoreError(f"{path}: {layout.draws} draws; a row of a store has at most 65,535.")
+    if (kind == "sampled") != (layout.draws > 0) or kind not in ("top", "sampled"):
         raise StoreError(
-            f"{path}: kind {kind!r} with draws {draws}; 'sampled' needs draws > 0, 'top' draws 0."
+            f"{path}: kind {kind!r} with draws {layout.draws}; 'sampled' needs draws > 0, 'top' "
+            "draws 0."
         )

@@ -10,7 +10,7 @@ from megatron_pd.distill.targets import check_truncation
 from megatron_pd.errors import UserError
 from megatron_pd.options import option
 from megatron_pd.store._logit_codec import MAX_VALUE_BITS, MIN_VALUE_BITS
-from megatron_pd.store.format import CODECS
+from megatron_pd.store.codecs import CODECS, codec_named
 
 __all__ = ["DumpConfig"]
 
@@ -58,8 +58,8 @@ class DumpConfig:
     codec: str = option(
         "compact",
         "compact: about a fifth of the bytes, at most 3e-4 nats off per row of 50 entries (at 10 "
-        "value bits); exact: float32 log-probabilities.",
-        choices=sorted(CODECS),
+        "value bits); exact: float32 log-probabilities; or your own as package.module:attribute.",
+        choices=CODECS,
     )
     value_bits: int = option(
         10,
@@ -70,6 +70,7 @@ class DumpConfig:
     )
 
     def __post_init__(self) -> None:
+        codec_named(self.codec)  # said before the teacher is loaded
         check_truncation(self.top_p, self.top_k, "--dump-top-p", "--dump-top-k")
         if self.sampled is None:
             object.__setattr__(self, "top_p", _TOP_P if self.top_p is None else self.top_p)

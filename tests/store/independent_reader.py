@@ -25,6 +25,9 @@ def read_store(path: Path) -> list[list[Row]]:
     assert int(crc, 16) == zlib.crc32(body)
     manifest = json.loads(body)
     assert manifest["version"] == 1
+    for codec in manifest["codecs"]:
+        known = (("exact", 1), ("compact", 1))
+        assert (codec["name"], codec["version"]) == known[codec["number"]]
     documents: list[list[Row]] = []
     for shard in sorted(path.glob("*.shard")):
         assert int(shard.name[:12]) == len(documents)
@@ -62,28 +65,26 @@ def u32(data: bytes, at: int) -> int:
 
 
 def frame(data: bytes, offset: int) -> tuple[tuple, bytes]:
-    """Type, codec, statistics, rows, row, tables' offset, entries, digests; and the payload."""
+    """Type, codec, statistics, rows, row, model's offset, entries, digests; and the payload."""
     header = data[offset : offset + 48]
     assert header[:4] == b"PDBK" and zlib.crc32(header[:44]) == u32(header, 44)
-    kind, codec, statistics, rows, size, row, tables, entries, _, digests, crc = struct.unpack(
+    kind, codec, statistics, rows, size, row, model, entries, _, digests, crc = struct.unpack(
         "<BBBxIIQQIHHI", header[4:44]
     )
     payload = data[offset + 48 : offset + 48 + size]
     assert zlib.crc32(payload) == crc
-    return (kind, codec, statistics, rows, row, tables, entries, digests), payload
+    return (kind, codec, statistics, rows, row, model, entries, digests), payload
 
 
 def read_block(data: bytes, offset: int, vocab_size: int, draws: int, bits: int) -> list[Row]:
     header, payload = frame(data, offset)
-    kind, codec, statistics, rows, _, tables, entries, digests = header
+    kind, codec, statistics, rows, _, model, entries, digests = header
     assert kind == 2
     at, present = 8 * digests, statistics.bit_count()
     form, size = ("f", 4) if codec == 0 else ("e", 2)
     values = struct.unpack_from(f"<{present * rows}{form}", payload, at)
     stream = payload[at + present * rows * size :]
-    decoded = (
-        exact(stream, rows) if codec == 0 else compact(stream, rows, data, tables, draws, bits)
-    )
+    decoded = exact(stream, rows) if codec == 0 else compact(stream, rows, data, model, draws, bits)
     assert sum(len(ids) for ids, _ in decoded) == entries
     return [(*row, list(values[i::rows])) for i, row in enumerate(decoded)]
 
@@ -102,34 +103,34 @@ def exact(stream: bytes, rows: int) -> list[tuple[list[int], list[float]]]:
     return out
 
 
-class Tables:
+class EntropyModel:
     def __init__(self, payload: bytes) -> None:
         vocab_size, seen = struct.unpack_from("<II", payload)
         bits = Bits(payload[8:])
-        self.id_of_rank = read_list(bits, seen, vocab_size)
-        known = set(self.id_of_rank)
-        self.id_of_rank += [id_ for id_ in range(vocab_size) if id_ not in known]
+        self.id_of_ordinal = read_list(bits, seen, vocab_size)
+        known = set(self.id_of_ordinal)
+        self.id_of_ordinal += [id_ for id_ in range(vocab_size) if id_ not in known]
         self.class_of: list[int] = []
-        self.class_ranks: list[list[int]] = []
+        self.class_ordinals: list[list[int]] = []
         if classes := bits.get(8):
             common = min(seen, 2048)
             width = (classes - 1).bit_length()
             self.class_of = [bits.get(width) for _ in range(common + 1)]
-            self.class_ranks = [read_list(bits, common, common) for _ in range(classes)]
+            self.class_ordinals = [read_list(bits, common, common) for _ in range(classes)]
         self.models = [read_model(bits) for _ in range(314)]
         bits.finish()
 
-    def ids(self, ranks: list[int]) -> list[int]:
+    def ids(self, ordinals: list[int]) -> list[int]:
         """Ids of a row."""
-        if ranks and self.class_of:
-            here = self.class_ranks[self.class_of[min(ranks[0], len(self.class_of) - 1)]]
-            ranks = ranks[:1] + [here[r] if r < len(here) else r for r in ranks[1:]]
-        return [self.id_of_rank[rank] for rank in ranks]
+        if ordinals and self.class_of:
+            here = self.class_ordinals[self.class_of[min(ordinals[0], len(self.class_of) - 1)]]
+            ordinals = ordinals[:1] + [here[r] if r < len(here) else r for r in ordinals[1:]]
+        return [self.id_of_ordinal[ordinal] for ordinal in ordinals]
 
 
 def read_list(bits: Bits, n: int, total: int) -> list[int]:
     found: list[int] = []
-    for first, last in rank_ranges(n):
+    for first, last in ordinal_ranges(n):
         mean = total * 177 // 256 // (last - first)
         low_bits = mean.bit_length() - 1 if mean else 0
         following = 0
@@ -160,7 +161,7 @@ def first_of(symbol: int) -> tuple[int, int]:
     return (8 + (symbol - 64) % 8) << raw, raw
 
 
-def rank_ranges(seen: int):
+def ordinal_ranges(seen: int):
     symbol = 0
     while first_of(symbol)[0] < seen:
         yield first_of(symbol)[0], min(first_of(symbol + 1)[0], seen)
@@ -190,17 +191,17 @@ class Bits:
         assert self.number >> self.at == 0
 
 
-class Numbers:
-    """The numbers of a block, one after another."""
+class SymbolStream:
+    """The symbol stream of a block: numbers, one after another."""
 
-    def __init__(self, stream: bytes, tables: Tables) -> None:
+    def __init__(self, stream: bytes, model: EntropyModel) -> None:
         size = u32(stream, 0)
         self.states = list(struct.unpack_from("<II", stream, 4))
         self.words = list(struct.unpack_from(f"<{(size - 8) // 2}H", stream, 12))[::-1]
-        self.bits, self.tables = Bits(stream[4 + size :]), tables
+        self.bits, self.model = Bits(stream[4 + size :]), model
 
     def get(self, state: int, context: int) -> int:
-        slots, starts, frequency = self.tables.models[context]
+        slots, starts, frequency = self.model.models[context]
         x = self.states[state]
         symbol = slots[x % 2048]
         x = frequency[symbol] * (x // 2048) + x % 2048 - starts[symbol]
@@ -218,28 +219,28 @@ class Numbers:
 
 
 def compact(
-    stream: bytes, rows: int, data: bytes, tables_at: int, draws: int, value_bits: int
+    stream: bytes, rows: int, data: bytes, model_at: int, draws: int, value_bits: int
 ) -> list[tuple[list[int], list[float]]]:
-    header, payload = frame(data, tables_at)
+    header, payload = frame(data, model_at)
     assert header[0] == 1
-    numbers, out, count = Numbers(stream, Tables(payload)), [], 0
+    symbols, out, count = SymbolStream(stream, EntropyModel(payload)), [], 0
     for _ in range(rows):
         if draws:
-            ranks, logprobs = sampled_row(numbers, draws)
+            ordinals, logprobs = sampled_row(symbols, draws)
         else:
-            ranks, logprobs = top_row(numbers, count, value_bits)
-        count = len(ranks)
-        out.append((numbers.tables.ids(ranks), logprobs))
-    numbers.finish()
+            ordinals, logprobs = top_row(symbols, count, value_bits)
+        count = len(ordinals)
+        out.append((symbols.model.ids(ordinals), logprobs))
+    symbols.finish()
     return out
 
 
 @functools.cache
-class Grid:
+class Quantizer:
     def __init__(self, value_bits: int) -> None:
         self.octaves = 23 - value_bits
-        self.top = 75 * 2 ** (value_bits - 8) + 8 * self.octaves - 8
-        self.squares = [self.root(code) ** 2 for code in range(self.top + 1)]
+        self.max_code = 75 * 2 ** (value_bits - 8) + 8 * self.octaves - 8
+        self.squares = [self.root(code) ** 2 for code in range(self.max_code + 1)]
 
     def root(self, code: int) -> int:
         octave = min(code // 8, self.octaves)
@@ -255,52 +256,54 @@ class Grid:
         return max(bisect.bisect_right(self.squares, rest) - 1, 0)
 
 
-def top_row(numbers: Numbers, count_before: int, value_bits: int) -> tuple[list[int], list[float]]:
-    grid = Grid(value_bits)
-    count = numbers.get(1, 32 + min(count_before.bit_length(), 7))
+def top_row(
+    symbols: SymbolStream, count_before: int, value_bits: int
+) -> tuple[list[int], list[float]]:
+    quantizer = Quantizer(value_bits)
+    count = symbols.get(1, 32 + min(count_before.bit_length(), 7))
     if count == 0:
         return [], []
-    ranks: list[int] = []
+    ordinals: list[int] = []
     codes: list[int] = []
     for i in range(count):
         if i == 0:
-            codes.append(grid.top - numbers.get(1, 40 + min(count.bit_length(), 7)))
+            codes.append(quantizer.max_code - symbols.get(1, 40 + min(count.bit_length(), 7)))
         else:
-            context = 86 + 38 * place(i) + grid.kind(codes[-1])
-            codes.append(codes[-1] - numbers.get(1, context))
-        ranks.append(next_rank(numbers, ranks, codes))
-    likely = grid.likely_tail(codes)
-    coded = numbers.get(1, 48 + grid.kind(likely))
+            context = 86 + 38 * place(i) + quantizer.kind(codes[-1])
+            codes.append(codes[-1] - symbols.get(1, context))
+        ordinals.append(next_ordinal(symbols, ordinals, codes))
+    likely = quantizer.likely_tail(codes)
+    coded = symbols.get(1, 48 + quantizer.kind(likely))
     tail = likely - (coded + 1) // 2 if coded % 2 else likely + coded // 2
-    log_total = math.log(sum(grid.squares[code] for code in [*codes, tail]))
-    return ranks, [2 * math.log(grid.root(code)) - log_total for code in codes]
+    log_total = math.log(sum(quantizer.squares[code] for code in [*codes, tail]))
+    return ordinals, [2 * math.log(quantizer.root(code)) - log_total for code in codes]
 
 
 def place(i: int) -> int:
     return min(i.bit_length() - 1, 5)
 
 
-def next_rank(numbers: Numbers, ranks: list[int], values: list[int]) -> int:
-    """The rank of a row's last value, from the ranks before."""
-    i = len(ranks)
+def next_ordinal(symbols: SymbolStream, ordinals: list[int], values: list[int]) -> int:
+    """The ordinal of a row's last value, from the ordinals before."""
+    i = len(ordinals)
     if i == 0:
-        return numbers.get(0, 0)
+        return symbols.get(0, 0)
     if i > 1 and values[-1] == values[-2]:
-        return ranks[-1] + 1 + numbers.get(0, 7 + ranks[-1].bit_length())
-    return numbers.get(0, 1 + place(i))
+        return ordinals[-1] + 1 + symbols.get(0, 7 + ordinals[-1].bit_length())
+    return symbols.get(0, 1 + place(i))
 
 
-def sampled_row(numbers: Numbers, draws: int) -> tuple[list[int], list[float]]:
+def sampled_row(symbols: SymbolStream, draws: int) -> tuple[list[int], list[float]]:
     left = last = draws
-    ranks: list[int] = []
+    ordinals: list[int] = []
     times: list[int] = []
     while left:
-        i = len(ranks)
+        i = len(ordinals)
         context = 86 + 38 * place(i) + min(last, 37) if i else 40
-        last = min(last, left) - numbers.get(1, context)
+        last = min(last, left) - symbols.get(1, context)
         if last == 0:
             break
         times.append(last)
-        ranks.append(next_rank(numbers, ranks, times))
+        ordinals.append(next_ordinal(symbols, ordinals, times))
         left -= last
-    return ranks, [math.log(n / draws) for n in times]
+    return ordinals, [math.log(n / draws) for n in times]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from independent_reader import Tables, read_store
+from independent_reader import EntropyModel, read_store
 
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
 from megatron_pd.store.admin.verify import verify_store
@@ -165,9 +165,9 @@ def test_rows_of_several_kinds(tmp_path, rng):
     weights = 1 / np.arange(1, vocab_size + 1)
     rankings = [rng.permutation(vocab_size) for _ in range(kinds)]
     for row in range(n - 1):
-        likeliest = np.argsort(-np.log(weights) + np.log(rng.exponential(size=vocab_size)))[:width]
-        rows.ids[row] = rankings[rng.integers(kinds)][likeliest]
-        rows.logprobs[row] = np.log(weights[likeliest] / weights.sum())
+        top = np.argsort(-np.log(weights) + np.log(rng.exponential(size=vocab_size)))[:width]
+        rows.ids[row] = rankings[rng.integers(kinds)][top]
+        rows.logprobs[row] = np.log(weights[top] / weights.sum())
         rows.logprobs[row] = -np.sort(-rows.logprobs[row])
         rows.counts[row] = width
     with LogitStoreWriter(
@@ -177,10 +177,12 @@ def test_rows_of_several_kinds(tmp_path, rng):
     store = LogitStore(tmp_path / "s")
     check_document(store.read(0), read_store(tmp_path / "s")[0], rows, "compact", 10, 0)
     data = next((tmp_path / "s").glob("*.shard")).read_bytes()
-    tables = Tables(data[64 + 48 : 64 + 48 + int.from_bytes(data[64 + 12 : 64 + 16], "little")])
+    model = EntropyModel(
+        data[64 + 48 : 64 + 48 + int.from_bytes(data[64 + 12 : 64 + 16], "little")]
+    )
     firsts = set(rows.ids[:-1, 0].tolist())
     classes = {
-        tables.class_of[min(tables.id_of_rank.index(i), len(tables.class_of) - 1)] for i in firsts
+        model.class_of[min(model.id_of_ordinal.index(i), len(model.class_of) - 1)] for i in firsts
     }
     assert len(classes) == 2
 

@@ -163,7 +163,8 @@ def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
     monkeypatch.setattr(Shard, "check_block", recorded(checked, Shard.check_block))
     progress = []
     assert len(verify_store(large, journal=journal, progress=progress.append)) == 1
-    blocks = Shard(shard, range(60), LogitStore(large).store_id).footer.blocks
+    (whole,) = LogitStore(large)._shards
+    blocks = whole.footer.blocks
     assert len(checked) < 0.7 * blocks and sum(progress) == size and not journal.exists()
     with pytest.raises(KeyboardInterrupt):
         told = 0

@@ -118,13 +118,13 @@ def test_damage_that_no_read_meets_is_reported_by_verify(tmp_path, rng):
     writer.flush()
     writer.abandon()
     partial = next(tmp_path.glob("*.partial"))
-    tables_bytes = int.from_bytes(partial.read_bytes()[76:80], "little")
-    os.truncate(partial, 64 + 48 + tables_bytes)  # a crash left tables without a block
+    model_bytes = int.from_bytes(partial.read_bytes()[76:80], "little")
+    os.truncate(partial, 64 + 48 + model_bytes)  # a crash left a model without a block
     dump.run(tmp_path)
     assert verify_store(tmp_path) == []
     shard = next(tmp_path.glob("*.shard"))
     damaged = bytearray(shard.read_bytes())
-    damaged[64 + 48 + tables_bytes // 2] ^= 1
+    damaged[64 + 48 + model_bytes // 2] ^= 1
     shard.write_bytes(damaged)
     read_all(tmp_path, dump)
     assert "byte 64 is damaged" in verify_store(tmp_path)[0]

@@ -1,5 +1,6 @@
 """Any teacher can fill a store: a dump with one that is neither Megatron's nor a neural model."""
 
+import dataclasses
 import multiprocessing
 import time
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from megatron_pd.data.windows import Batch, Window
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStore, StoreError, TeacherRows
 from megatron_pd.store.admin.merge import even_ranges
+from megatron_pd.store.codecs import Codec, ExactCodec
+from megatron_pd.store.ragged import RaggedRows
 from megatron_pd.teacher import dump as dump_module
 from megatron_pd.teacher.capture import capture_rows, rows_of_windows
 from megatron_pd.teacher.dump import dump
@@ -116,6 +119,32 @@ def test_a_teacher_from_outside_fills_a_store(
     store.check_corpus(corpus, full=True)
     wanted = {**teacher.identity, "top_p": 1.0, "top_k": 5, "sequence_length": 8, "overlap": 3}
     assert wanted.items() <= store.metadata.items()
+
+
+class MirroredCodec(Codec):
+    """`exact`, back to front."""
+
+    name, version = "mirrored", 1
+
+    def encode(self, rows: RaggedRows) -> bytes:
+        return ExactCodec(self.layout, None).encode(rows)[::-1]
+
+    def decode(self, stream: bytes, rows: int, entries: int) -> RaggedRows:
+        return ExactCodec(self.layout, None).decode(stream[::-1], rows, entries)
+
+
+def test_a_dump_in_a_codec_from_outside(
+    tmp_path: Path, corpus: MegatronCorpus, documents: list[np.ndarray], config: DumpConfig
+) -> None:
+    """What `--dump-codec package.module:attribute` does."""
+    teacher: Teacher = random_teacher()
+    config = dataclasses.replace(config, codec=f"{__name__}:MirroredCodec")
+    dump(teacher, corpus, str(tmp_path / "corpus.pd"), config)
+    store = LogitStore(tmp_path / "corpus.pd")
+    assert store.codecs == {"mirrored"}
+    assert_store_is_the_teachers(store, teacher, documents, config)
+    with pytest.raises(UserError, match="The codec 'nowhere:Codec' can't be imported"):
+        dataclasses.replace(config, codec="nowhere:Codec")
 
 
 def test_a_stopped_dump_goes_on_and_only_with_the_same_teacher(

@@ -51,7 +51,7 @@ def window(
 
     Returns:
         A dict per token: offset, mass, entries, statistics by name, `candidates` (the
-        likeliest `top`: id, probability, and with `piece_of` text), and with a corpus token and
+        `top` ones: id, probability, and with `piece_of` text), and with a corpus token and
         next_token (None at the document's end) and, with `piece_of`, text and next_text.
     """
     document, offset, length = span

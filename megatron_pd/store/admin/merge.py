@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.blocks import CodedBlock
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import StoreError
@@ -23,7 +23,7 @@ from megatron_pd.store.writer import LogitStoreWriter
 
 __all__ = [
     "SHARD_ROWS",
-    "Part",
+    "DocumentRange",
     "concatenated",
     "copy",
     "even_ranges",
@@ -33,22 +33,22 @@ __all__ = [
 ]
 
 SHARD_ROWS = 1 << 26
-_FLUSH_BYTES = 1 << 26
+_FLUSH_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentRange:
     """Consecutive documents of a store."""
 
     store: LogitStore
     documents: range
 
 
-def whole(store: LogitStore) -> list[Part]:
-    return [Part(store, range(store.num_documents))]
+def whole(store: LogitStore) -> list[DocumentRange]:
+    return [DocumentRange(store, range(store.num_documents))]
 
 
-def joined(stores: Sequence[LogitStore]) -> list[Part]:
+def joined(stores: Sequence[LogitStore]) -> list[DocumentRange]:
     """The parts of stores that each hold some documents of one corpus.
 
     Raises:
@@ -62,7 +62,7 @@ def joined(stores: Sequence[LogitStore]) -> list[Part]:
                 f"and {first.num_documents} documents, or other lengths). Give stores of the same "
                 "corpus, or --concatenate where their corpora were concatenated in this order."
             )
-    parts = [Part(store, documents) for store in stores for documents in _present(store)]
+    parts = [DocumentRange(store, documents) for store in stores for documents in _present(store)]
     parts.sort(key=lambda part: (part.documents.start, part.documents.stop))
     end = 0
     for part in parts:
@@ -79,7 +79,7 @@ def joined(stores: Sequence[LogitStore]) -> list[Part]:
     return parts
 
 
-def concatenated(stores: Sequence[LogitStore]) -> list[Part]:
+def concatenated(stores: Sequence[LogitStore]) -> list[DocumentRange]:
     """The parts of complete stores whose corpora were concatenated in this order."""
     return [part for store in stores for part in whole(store)]
 
@@ -103,13 +103,13 @@ def even_ranges(document_lengths: np.ndarray, count: int) -> list[range]:
 
 
 def copy(
-    parts: Sequence[Part],
+    parts: Sequence[DocumentRange],
     path: Path,
     *,
     metadata: Mapping[str, Any],
     shard_rows: int = SHARD_ROWS,
     workers: int = 1,
-    progress: Report = lambda rows: None,
+    progress: Progress = lambda rows: None,
 ) -> LogitStore:
     """Writes the store `path` whose documents are those of `parts`, or what is missing of it.
 
@@ -121,9 +121,9 @@ def copy(
     source = _Source(parts)
     for part in parts:
         if path.resolve() == part.store.path.resolve():
-            raise StoreError(f"{path} is what is read: give another path for the new store.")
+            raise StoreError(f"--output {path} is an input store; choose a different path.")
 
-    def write(documents: range, report: Report) -> None:
+    def write(documents: range, report: Progress) -> None:
         with LogitStoreWriter(
             path,
             vocab_size=source.vocab_size,
@@ -134,17 +134,14 @@ def copy(
             documents=documents,
             kind="sampled" if source.draws else "top",
             draws=source.draws,
+            codecs=source.codecs,
+            flush_rows=_FLUSH_ROWS,
         ) as writer:
             done = sum(writer.written(document) for document in documents)
             report(done)
-            unflushed = 0
             for row, block in source.blocks(documents, done):
                 writer.append_block(row, block)
                 report(block.rows)
-                unflushed += len(block.body)
-                if unflushed >= _FLUSH_BYTES:
-                    writer.flush()
-                    unflushed = 0
 
     for _ in run_jobs(write, plan_shards(source.lengths, shard_rows), workers, progress):
         pass
@@ -156,7 +153,7 @@ def copy(
 class _Source:
     """The parts as one run of documents."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[DocumentRange]) -> None:
         first = parts[0].store
         for store in (part.store for part in parts):
             for name in ("vocab_size", "draws"):
@@ -175,6 +172,10 @@ class _Source:
         self.parts = parts
         self.vocab_size, self.draws = first.vocab_size, first.draws
         self.value_bits = bits[0]
+        self.codecs = sorted(
+            {codec for part in parts for codec in part.store.codec_types},
+            key=lambda codec: codec.name,
+        )
         lengths = {id(part.store): part.store.document_lengths for part in parts}
         self.lengths = np.concatenate(
             [lengths[id(p.store)][p.documents.start : p.documents.stop] for p in parts]

@@ -7,6 +7,7 @@ exception, waits for them, and only then goes on with the interruption.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,18 +20,18 @@ from typing import Any
 
 from megatron_pd.store.types import StoreError
 
-__all__ = ["Report", "run_jobs"]
+__all__ = ["Progress", "run_jobs"]
 
-Report = Callable[[int], None]
+Progress = Callable[[int], None]
 
 _POLL_SECONDS = 0.1
 
 
 def run_jobs[Job, Result](
-    work: Callable[[Job, Report], Result],
+    work: Callable[[Job, Progress], Result],
     jobs: Sequence[Job],
     workers: int,
-    progress: Report = lambda units: None,
+    progress: Progress = lambda units: None,
 ) -> Iterator[tuple[Job, Result]]:
     """Yields (job, work(job, report)) for all jobs, in the order in which they get done.
 
@@ -50,41 +51,62 @@ def run_jobs[Job, Result](
     # Forked, so that stores, corpora and indices need not be pickled or opened again.
     context = multiprocessing.get_context("fork")
     done_units, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         min(workers, len(jobs)), context, _start, (work, done_units, stop, os.getpid())
-    ) as pool:
+    )
+    try:
         pending = {pool.submit(_run, job): job for job in jobs}
         seen = 0
-        try:
-            while pending:
-                finished, _ = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
-                units = done_units.value
-                progress(units - seen)
-                seen = units
-                for future in finished:
-                    yield pending.pop(future), future.result()
-        except BrokenProcessPool:
-            raise StoreError(
-                "A worker process was killed, perhaps for lack of memory. What was written is "
-                "kept: run the same command again, with fewer --workers."
-            ) from None
-        finally:
-            if pending:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+        while pending:
+            finished, _ = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+            units = done_units.value
+            progress(units - seen)
+            seen = units
+            for future in finished:
+                yield pending.pop(future), future.result()
+    except BrokenProcessPool:
+        raise StoreError(
+            "A worker process was killed, perhaps for lack of memory. What was written is "
+            "kept: run the same command again, with fewer --workers."
+        ) from None
+    finally:
+        with _deferred_signals():
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when the body is done: an interrupted `pool.shutdown` forgets its
+    thread, which may then end with a lock that the interpreter waits for when it exits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals interrupt the main thread only
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class _Child:
     """What a worker process was started with."""
 
-    work: Callable[[Any, Report], Any]
+    work: Callable[[Any, Progress], Any]
     done_units: Any
     stop: Any
     unreported = 0
     last_report = 0.0
 
 
-def _start(work: Callable[[Any, Report], Any], done_units: Any, stop: Any, parent: int) -> None:
+def _start(work: Callable[[Any, Progress], Any], done_units: Any, stop: Any, parent: int) -> None:
     # A terminal and Slurm signal every process of the job: the parent answers for all.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from megatron_pd.store.admin.merge import plan_shards
-from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.scan import scan
+from megatron_pd.store.codecs import Codec
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.writer import LogitStoreWriter
@@ -45,7 +46,7 @@ def to_parquet(
     *,
     file_rows: int = _FILE_ROWS,
     workers: int = 1,
-    progress: Report = lambda rows: None,
+    progress: Progress = lambda rows: None,
 ) -> list[Path]:
     """Writes a file per run of documents of about `file_rows` rows; returns the files.
 
@@ -67,7 +68,7 @@ def to_parquet(
         ]
     )
 
-    def write(documents: range, report: Report) -> Path:
+    def write(documents: range, report: Progress) -> Path:
         described = _description(store, documents)
         path = folder / f"{documents.start:012d}-{documents.stop:012d}.parquet"
         if path.exists():
@@ -97,10 +98,10 @@ def from_parquet(
     vocab_size: int | None = None,
     corpus: Corpus | None = None,
     metadata: Mapping[str, Any] | None = None,
-    codec: str = "compact",
+    codec: str | type[Codec] = "compact",
     value_bits: int = 10,
     workers: int = 1,
-    progress: Report = lambda rows: None,
+    progress: Progress = lambda rows: None,
 ) -> LogitStore:
     """Writes the store of Parquet files, or what is missing of it: a shard per file.
 
@@ -143,7 +144,7 @@ def from_parquet(
     sources.sort(key=lambda source: source.documents.start)
     shards = _shards(sources, len(lengths), own)
 
-    def write(job: tuple[int, range], report: Report) -> None:
+    def write(job: tuple[int, range], report: Progress) -> None:
         source, documents = sources[job[0]], job[1]
         with LogitStoreWriter(
             path,
@@ -156,6 +157,7 @@ def from_parquet(
             documents=documents,
             kind="sampled" if draws else "top",
             draws=draws,
+            flush_rows=_FLUSH_ROWS,
         ) as writer:
             filler = _Filler(writer, documents, lengths, source)
             for document, offset, rows in source.runs():
@@ -376,7 +378,6 @@ class _Filler:
         self._writer, self._documents, self._lengths = writer, documents, lengths
         self._source = source
         self._document, self._offset = documents.start, 0  # what comes next in the file
-        self._unflushed = 0
 
     def add(self, document: int, offset: int, rows: TeacherRows) -> None:
         if (document, offset) < (self._document, self._offset) or document not in self._documents:
@@ -405,10 +406,6 @@ class _Filler:
         if begin < end:
             part = self._empty(end - begin) if rows is None else rows[begin - self._offset :]
             self._writer.append(self._document, begin, part)
-            self._unflushed += len(part)
-            if self._unflushed >= _FLUSH_ROWS:
-                self._writer.flush()
-                self._unflushed = 0
         self._offset = max(self._offset, end)
 
     def _empty(self, rows: int) -> TeacherRows:

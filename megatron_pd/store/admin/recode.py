@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_pd.store.admin.merge import plan_shards
-from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.scan import scan
+from megatron_pd.store.codecs import Codec, CompactCodec, codec_named
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import StoreError, TeacherRows
 from megatron_pd.store.writer import LogitStoreWriter
@@ -22,13 +23,13 @@ def recode(
     store: LogitStore,
     path: Path,
     *,
-    codec: str = "compact",
+    codec: str | type[Codec] = "compact",
     value_bits: int = 10,
     top_p: float | None = None,
     top_k: int | None = None,
     shard_rows: int | None = None,
     workers: int = 1,
-    progress: Report = lambda rows: None,
+    progress: Progress = lambda rows: None,
 ) -> LogitStore:
     """Writes the rows of `store` to `path`, cut to a smaller p and k, or what is missing of them.
 
@@ -43,16 +44,17 @@ def recode(
     """
     _check_cut(store, top_p, top_k)
     if path.resolve() == store.path.resolve():
-        raise StoreError(f"{path} is what is read: give another path for the new store.")
-    metadata = {**store.metadata, "codec": codec}
-    if codec == "compact":
+        raise StoreError(f"--output {path} is the input store; choose a different path.")
+    codec = codec_named(codec) if isinstance(codec, str) else codec
+    metadata = {**store.metadata, "codec": codec.name}
+    if codec is CompactCodec:
         metadata["value_bits"] = value_bits
     for name, limit in (("top_p", top_p), ("top_k", top_k)):
         if limit is not None:
             metadata[name] = min(limit, metadata.get(name) or limit)
     lengths = store.document_lengths
 
-    def write(documents: range, report: Report) -> None:
+    def write(documents: range, report: Progress) -> None:
         with LogitStoreWriter(
             path,
             vocab_size=store.vocab_size,
@@ -64,19 +66,15 @@ def recode(
             documents=documents,
             kind="sampled" if store.draws else "top",
             draws=store.draws,
+            flush_rows=_FLUSH_ROWS,
         ) as writer:
-            unflushed = 0
             for document in documents:
                 offset = writer.written(document)
                 report(offset)
                 for rows in scan(store, document, offset):
                     writer.append(document, offset, cut_rows(rows, top_p, top_k))
                     offset += len(rows)
-                    unflushed += len(rows)
                     report(len(rows))
-                    if unflushed >= _FLUSH_ROWS:
-                        writer.flush()
-                        unflushed = 0
 
     shards = plan_shards(lengths, shard_rows) if shard_rows else store.shard_documents
     for _ in run_jobs(write, shards, workers, progress):

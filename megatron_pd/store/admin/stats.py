@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.scan import document_groups, sampled_documents, scan
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import TeacherRows
@@ -27,7 +27,7 @@ def store_stats(
     store: LogitStore,
     max_rows: int | None = None,
     workers: int = 1,
-    progress: Report = lambda rows: None,
+    progress: Progress = lambda rows: None,
 ) -> dict[str, Any]:
     """Sizes over the whole store, averages over the rows of `sampled_documents(store, max_rows)`.
 
@@ -36,7 +36,7 @@ def store_stats(
     nats; None where the store lacks it. `progress` is told rows.
     """
 
-    def sums_of(documents: np.ndarray, report: Report) -> np.ndarray:
+    def sums_of(documents: np.ndarray, report: Progress) -> np.ndarray:
         sums = np.zeros(3 + 2 * len(_AVERAGED_STATISTICS))
         for document in documents.tolist():
             for rows in scan(store, document):

@@ -18,8 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.admin.parallel import Report, run_jobs
-from megatron_pd.store.format import MANIFEST_NAME, Footer, Manifest, parse_shard_name
+from megatron_pd.store.admin.parallel import Progress, run_jobs
+from megatron_pd.store.codecs.in_store import by_number
+from megatron_pd.store.format import (
+    MANIFEST_NAME,
+    Footer,
+    Manifest,
+    lengths_digest,
+    parse_shard_name,
+)
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.shard import Shard
 from megatron_pd.store.types import Corpus, StoreError
@@ -46,7 +53,7 @@ def verify_store(
     workers: int = 1,
     *,
     journal: Path | None = None,
-    progress: Report = lambda size: None,
+    progress: Progress = lambda size: None,
 ) -> list[str]:
     """One sentence for everything that is wrong with the store at `path`; none for a sound one.
 
@@ -56,18 +63,18 @@ def verify_store(
     """
     try:
         manifest = Manifest.from_bytes((path / MANIFEST_NAME).read_bytes(), path / MANIFEST_NAME)
+        shards, problems = _open_shards(path, manifest)
     except (FileNotFoundError, NotADirectoryError):
         return [f"{path}: no logit store here ({MANIFEST_NAME} is missing)."]
     except StoreError as error:
         return [str(error)]
-    shards, problems = _open_shards(path, manifest.store_id)
     done = _Journal(journal, shards)
     runs = [_Run(index, 0, _INDEX) for index in range(len(shards))]
     for index, shard in enumerate(shards):
         edges = [*range(0, shard.footer.blocks, _RUN_BLOCKS), shard.footer.blocks]
         runs += [_Run(index, first, last) for first, last in itertools.pairwise(edges)]
 
-    def check(run: _Run, report: Report) -> list[str]:
+    def check(run: _Run, report: Progress) -> list[str]:
         return list(dict.fromkeys(_problems_of(shards[run.shard], run, report)))
 
     def check_all(runs: list[_Run]) -> None:
@@ -92,7 +99,7 @@ def verify_store(
 
 
 def verify_corpus(
-    path: Path, corpus: Corpus, workers: int = 1, progress: Report = lambda documents: None
+    path: Path, corpus: Corpus, workers: int = 1, progress: Progress = lambda documents: None
 ) -> list[str]:
     """One sentence for each shard whose documents are not, token by token, those of `corpus`.
 
@@ -106,9 +113,9 @@ def verify_corpus(
             store.check_corpus(corpus)
         except StoreError as error:
             return [str(error)]
-    shards, problems = _open_shards(path, store.store_id)
+    shards, problems = _open_shards(path, store.manifest)
 
-    def check(index: int, report: Report) -> str | None:
+    def check(index: int, report: Progress) -> str | None:
         try:
             shards[index].check_corpus(corpus, lengths, full=True)
         except StoreError as error:
@@ -123,14 +130,15 @@ def verify_corpus(
     ]
 
 
-def _open_shards(path: Path, store_id: int) -> tuple[list[Shard], list[str]]:
+def _open_shards(path: Path, manifest: Manifest) -> tuple[list[Shard], list[str]]:
     """The shards that can be opened, and what is wrong with the others."""
+    codecs = by_number(manifest.codecs, path / MANIFEST_NAME)
     shards, problems = [], []
     for file in sorted(path.iterdir()):
         documents = parse_shard_name(file.name)
         if documents is not None:
             try:
-                shard = Shard(file, documents, store_id)
+                shard = Shard(file, documents, manifest.store_id, codecs)
                 _ = shard.native
                 shards.append(shard)
             except StoreError as error:
@@ -138,7 +146,7 @@ def _open_shards(path: Path, store_id: int) -> tuple[list[Shard], list[str]]:
     return shards, problems
 
 
-def _problems_of(shard: Shard, run: _Run, report: Report) -> Iterator[str]:
+def _problems_of(shard: Shard, run: _Run, report: Progress) -> Iterator[str]:
     checks: list[Callable[[], None]]
     if run.last == _INDEX:
         checks = [shard.check_index]
@@ -171,7 +179,7 @@ def _problems_of_whole(path: Path, manifest: Manifest) -> list[str]:
         lengths = LogitStore(path).document_lengths
     except StoreError as error:
         return [str(error)]
-    if Manifest.of(1, lengths, 0, {}).lengths_digest == manifest.lengths_digest:
+    if lengths_digest(lengths) == manifest.lengths_digest:
         return []
     return [
         f"{path}: the shards' document lengths ({int(np.sum(lengths))} rows in all) are not "

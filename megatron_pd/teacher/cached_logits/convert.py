@@ -54,8 +54,9 @@ from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.megatron.arguments import HelpFormatter
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
 from megatron_pd.store.admin.merge import plan_shards
-from megatron_pd.store.admin.parallel import Report, run_jobs
+from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.stats import kept_mass
+from megatron_pd.store.codecs import CODECS
 from megatron_pd.teacher.cached_logits.tars import CachedLogits, Flush, sample_rows
 
 __all__ = ["convert", "main"]
@@ -97,7 +98,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="Directory for the rows in the order of the run, about 8 bytes an entry; removed at "
         "the end. Default: <first store>.samples.",
     )
-    group.add_argument("--convert-codec", choices=("compact", "exact"), default="compact")
+    group.add_argument("--convert-codec", choices=CODECS, default="compact")
     group.add_argument("--convert-value-bits", type=int, default=10)
     group.add_argument("--convert-workers", type=int, default=os.cpu_count() or 1)
     return parser
@@ -296,7 +297,7 @@ def _write_samples(run: _Run, scratch: Path) -> None:
     length = run.args.seq_length
     flushes = [flush for flush in run.cached.flushes if len(run.samples_of(flush))]
 
-    def write(flush: Flush, report: Report) -> int:
+    def write(flush: Flush, report: Progress) -> int:
         torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
         documents = run.samples_of(flush)
         with LogitStoreWriter(
@@ -306,6 +307,7 @@ def _write_samples(run: _Run, scratch: Path) -> None:
             metadata=_metadata(run),
             codec="exact",
             documents=documents,
+            flush_rows=_FLUSH_ROWS,
         ) as writer:
             return _write_flush(run, writer, flush, report)
 
@@ -319,12 +321,11 @@ def _write_samples(run: _Run, scratch: Path) -> None:
         )
 
 
-def _write_flush(run: _Run, writer: LogitStoreWriter, flush: Flush, report: Report) -> int:
+def _write_flush(run: _Run, writer: LogitStoreWriter, flush: Flush, report: Progress) -> int:
     """Every sample of a flush; returns how many of them were in no tar."""
     length, batch = run.args.seq_length, run.args.global_batch_size
     written = np.array([writer.written(sample) for sample in writer.documents]) > length
     report(int(written.sum()) * length)
-    unflushed = 0
     for dp_rank in range(run.cached.dp_size):
         if written.all():
             break
@@ -338,12 +339,8 @@ def _write_flush(run: _Run, writer: LogitStoreWriter, flush: Flush, report: Repo
                         writer.append(sample, done, rows[done:])
                         writer.append(sample, length, TeacherRows.empty(1))
                         written[sample - writer.documents.start] = True
-                        unflushed += length
                         report(length)
                     sample += 1
-            if unflushed >= _FLUSH_ROWS:
-                writer.flush()
-                unflushed = 0
     missing = np.flatnonzero(~written) + writer.documents.start
     for sample in missing.tolist():
         done = writer.written(sample)
@@ -362,7 +359,7 @@ def _write_documents(
     """Pass 2 for one corpus."""
     lengths = corpus.document_lengths
 
-    def write(documents: range, report: Report) -> None:
+    def write(documents: range, report: Progress) -> None:
         with LogitStoreWriter(
             path,
             vocab_size=run.tokenizer.vocab_size,
@@ -372,8 +369,8 @@ def _write_documents(
             value_bits=run.args.convert_value_bits,
             corpus=corpus,
             documents=documents,
+            flush_rows=_FLUSH_ROWS,
         ) as writer:
-            unflushed = 0
             for document in documents:
                 offset, length = writer.written(document), int(lengths[document])
                 report(offset)
@@ -383,11 +380,7 @@ def _write_documents(
                 for rows in _rows_of(samples, spans, length, offset):
                     writer.append(document, offset, rows)
                     offset += len(rows)
-                    unflushed += len(rows)
                     report(len(rows))
-                if unflushed >= _FLUSH_ROWS:
-                    writer.flush()
-                    unflushed = 0
 
     with _progress(int(lengths.sum()), f"write {path.name}") as advance:
         for _ in run_jobs(write, plan_shards(lengths), run.args.convert_workers, advance):
@@ -416,7 +409,7 @@ def _rows_of(
 
 
 @contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Report]:
+def _progress(total: int, what: str) -> Iterator[Progress]:
     with tqdm(
         total=total, desc=what, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()
     ) as bar:
