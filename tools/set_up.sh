@@ -4,10 +4,10 @@
 #   tools/set_up.sh .venv
 #
 # What lies at that path is used, replaced or left alone:
-#   an environment that works             used
-#   a broken one (its Python is gone or older than 3.12, it has no pip, it was made in another
+#   an environment that works              used
+#   a broken one (its Python is gone or not 3.12 or 3.13, it has no pip, it was made in another
 #   folder), or a link that leads nowhere  replaced
-#   a link to somewhere, another folder   refused and left as it is: it is somebody else's
+#   a link to somewhere, another folder    refused and left as it is: it is somebody else's
 #
 # Environment: PYTHON, the interpreter to make it with; CXX, the C++ compiler.
 set -eu
@@ -24,8 +24,8 @@ refuse() {
 problem() { # why the environment can't be used; nothing where it can
     "$venv/bin/python" -c '
 import importlib.util, sys
-if sys.version_info < (3, 12):
-    print("its Python is {}.{}, and 3.12 is needed".format(*sys.version_info))
+if not (3, 12) <= sys.version_info < (3, 14):
+    print("its Python is {}.{}, and 3.12 or 3.13 is needed".format(*sys.version_info))
 elif not importlib.util.find_spec("pip"):
     print("it has no pip")
 ' 2>/dev/null || echo "its Python doesn't run"
@@ -85,7 +85,7 @@ candidates() {
     fi
 }
 
-# Prints "ok /path", "incomplete <packages>" or "old <version>"; nothing where it doesn't run. The
+# Prints "ok /path", "incomplete <packages>" or "other <version>"; nothing where it doesn't run. The
 # interpreter under a virtual environment is meant, which may be the one that is to be replaced.
 inspect() {
     "$1" -c '
@@ -96,8 +96,8 @@ if not importlib.util.find_spec("ensurepip"):
     lacks.append("python" + version + "-venv")
 if not os.path.exists(sysconfig.get_path("include") + "/Python.h"):
     lacks.append("python" + version + "-dev")
-if sys.version_info < (3, 12):
-    print("old", version)
+if not (3, 12) <= sys.version_info < (3, 14):  # Megatron 0.19 does not run with 3.14
+    print("other", version)
 elif lacks:
     print("incomplete", *lacks)
 else:
@@ -107,13 +107,13 @@ else:
 
 # Sets `python`, or else `lacks`, a phrase.
 find_python() {
-    python= lacks= incomplete= old=
+    python= lacks= incomplete= other=
     while IFS= read -r candidate; do
         found=$(inspect "$candidate") || continue
         case $found in
             "ok "*) python=${found#ok } && return ;;
             "incomplete "*) incomplete=${incomplete:-${found#incomplete }} ;;
-            "old "*) old=${old:-${found#old }} ;;
+            "other "*) other=${other:-${found#other }} ;;
         esac
     done <<EOF
 $(candidates)
@@ -124,7 +124,7 @@ EOF
     fi
     lacks="a Python of version 3.12 or 3.13"
     [ -z "${PYTHON:-}" ] || lacks="$lacks, which PYTHON=$PYTHON isn't"
-    [ -z "$old" ] || lacks="$lacks (found: $old)"
+    [ -z "$other" ] || lacks="$lacks (found: $other)"
     lacks="$lacks: Debian 13 and Ubuntu 24.04 have one (apt-get install python3-venv python3-dev),"
     lacks="$lacks elsewhere pyenv, conda or \`uv python install 3.12\` bring one, and"
     lacks="$lacks \`make PYTHON=/path/to/python3.12\` names it"

@@ -172,7 +172,7 @@ def link_leads_nowhere(project: Project) -> None:
     ("breaks", "says"),
     [
         (python_is_gone, "its Python doesn't run"),
-        (python_is_old, "its Python is 3.11, and 3.12 is needed"),
+        (python_is_old, "its Python is 3.11, and 3.12 or 3.13 is needed"),
         (folder_was_renamed, "it was made in another folder"),
         (pip_is_missing, "it has no pip"),
         (link_leads_nowhere, "a link to /nowhere/.venv, which doesn't exist"),
@@ -263,12 +263,13 @@ def test_a_compiler_that_is_too_old_counts_as_none(project: Project) -> None:
     assert project.set_up(CXX="my-g++ -m64").returncode == 0
 
 
-def test_an_older_python_is_named(project: Project) -> None:
+@pytest.mark.parametrize("version", ["3.11", "3.14"])
+def test_a_python_of_another_version_is_named(project: Project, version: str) -> None:
     project.lacks("python3.12")
-    project.command("python3", python_that(OLD))
+    project.command("python3", python_that(f"sys.version_info = ({version.replace('.', ', ')})"))
     done = project.set_up()
-    assert "lacks a Python of version 3.12" in done.stderr
-    assert "(found: 3.11)" in done.stderr
+    assert "lacks a Python of version 3.12 or 3.13" in done.stderr
+    assert f"(found: {version})" in done.stderr
 
 
 def test_a_python_without_venv_and_headers_names_their_packages(project: Project) -> None:
