@@ -2,16 +2,18 @@
 
 import argparse
 
-HELP = "Train a lossless sentencepiece BPE tokenizer."
+from megatron_pd.cli.common import positive
+from megatron_pd.cli.preprocess import add_input_arguments
+
+HELP = "Train a sentencepiece BPE tokenizer that keeps every text (but U+2581, as a space)."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl and plain text files")
+    add_input_arguments(parser)
     parser.add_argument("--output", required=True, help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--json-key", default="text", help="where a JSON line holds its text")
+    parser.add_argument("--vocab-size", type=positive, required=True)
     parser.add_argument(
-        "--max-bytes", type=int, default=64 << 20, help="learn from this much text at most"
+        "--max-bytes", type=positive, default=64 << 20, help="learn from this much text at most"
     )
 
 
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         args.vocab_size,
         json_key=args.json_key,
+        input_format=args.input_format,
         max_bytes=args.max_bytes,
     )
     print(f"{args.output}: {args.vocab_size:,} pieces")

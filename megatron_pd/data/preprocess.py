@@ -1,74 +1,52 @@
-"""Text → Megatron `.bin/.idx`: one document per JSON line or per text file, tokenized in parallel.
+"""Text → Megatron `.bin/.idx`: documents of any format, tokenized in parallel.
 
-The reader yields documents in order, a pool of processes tokenizes them, and the parent writes
-them in the same order, so the corpus does not depend on the number of workers. The `.idx` file
-appears last: a corpus that can be opened is complete.
+This process reads blocks of documents and writes tokens, both without looking at a single document;
+workers parse and tokenize them. The documents keep their order, so the corpus does not depend on
+the number of workers. The `.idx` file appears last: a corpus that can be opened is complete.
 """
 
-import json
-import multiprocessing
+import contextlib
 import os
-import signal
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    DType,
-    IndexedDatasetBuilder,
-    get_bin_path,
-    get_idx_path,
-)
+from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 from tqdm import tqdm
 
-from megatron_pd.data.tokenizer import open_tokenizer
+from megatron_pd.data.corpus_writer import CorpusWriter
+from megatron_pd.data.documents import Block, blocks, open_sources
+from megatron_pd.data.tokenizer import batch_encoder, largest_id, open_tokenizer
+from megatron_pd.data.workers import ordered_map
 from megatron_pd.errors import UserError
 
-__all__ = ["CorpusSummary", "preprocess", "read_documents"]
+__all__ = ["CorpusSummary", "preprocess"]
+
+_SECONDS_A_LINE = 60.0
 
 
 class CorpusSummary(NamedTuple):
+    """What became of the documents.
+
+    Attributes:
+        documents, tokens: in the corpus, the end-of-document tokens among them.
+        empty_documents: left out: no text, or none that gives a token.
+        replaced_documents: had bytes that are not UTF-8 or lone surrogates, which became U+FFFD.
+        first_replaced: where the first of those lies.
+        inner_ends: end-of-document tokens that are not a document's last.
+    """
+
     documents: int
     tokens: int
     empty_documents: int
-
-
-def read_documents(paths: Sequence[str], json_key: str = "text") -> Iterator[tuple[str, int]]:
-    """Yield (text, bytes read for it) of every document.
-
-    A `.jsonl` or `.json` file holds one document per line, under `json_key`; any other file is one
-    document of plain UTF-8 text.
-
-    Raises:
-        UserError: names the file and line that cannot be read.
-    """
-    for path in paths:
-        if Path(path).suffix in (".jsonl", ".json"):
-            yield from _read_json_lines(path, json_key)
-        else:
-            try:
-                yield Path(path).read_text(encoding="utf-8"), os.path.getsize(path)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error}): convert it first.") from error
-
-
-def _read_json_lines(path: str, json_key: str) -> Iterator[tuple[str, int]]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                text = record[json_key]
-                if not isinstance(text, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: expected a JSON object with the text under "
-                    f"{json_key!r}; fix the line, or name another key with --json-key."
-                ) from error
-            yield text, len(line)
+    replaced_documents: int = 0
+    first_replaced: str | None = None
+    inner_ends: int = 0
 
 
 def preprocess(
@@ -77,73 +55,171 @@ def preprocess(
     tokenizer_config: Any,
     *,
     json_key: str = "text",
+    input_format: str | None = None,
     workers: int = 1,
 ) -> CorpusSummary:
-    """Tokenize documents and write `<output_prefix>.bin/.idx`, each ended by the EOD token.
+    """Tokenize documents and write `<output_prefix>.bin/.idx`, each ended by one EOD token.
 
     Args:
-        paths: text and JSON-lines files, in the order that their documents shall have.
+        paths: files of any of `documents.FORMATS`, in the order that their documents shall have.
         tokenizer_config: as `data.tokenizer.tokenizer_config` makes it.
+        json_key: the member of a JSON line, or the Parquet column, that is the text.
+        input_format: of all files; by default of each by its name or content.
         workers: tokenizing processes.
     Raises:
-        UserError: input that cannot be read, or a tokenizer without an end-of-document token.
+        UserError: input that cannot be read, a tokenizer without an end-of-document token or with
+            ids beyond its vocabulary, an output that is in the way.
+        ChildProcessError: a worker was killed.
+        OSError: of reading or writing; `filename` is the file.
     """
-    for path in paths:
-        if not os.path.isfile(path):
-            raise UserError(f"--input {path} does not exist or is not a file.")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more.")
+    sources = open_sources(paths, input_format)
+    _check_output(output_prefix, paths)
     tokenizer = open_tokenizer(tokenizer_config)
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    unfinished = f"{output_prefix}.unfinished"
-    builder = IndexedDatasetBuilder(
-        get_bin_path(unfinished), dtype=DType.optimal_dtype(tokenizer.vocab_size)
-    )
-    documents = tokens = empty = 0
-    context = multiprocessing.get_context("fork")
-    progress = tqdm(
-        total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, desc="preprocess"
-    )
-    try:
-        with (
-            progress,
-            context.Pool(workers, _start_worker, (tokenizer_config,)) as pool,
-        ):
-            texts = read_documents(paths, json_key)
-            for ids, num_bytes in pool.imap(_tokenize, texts, chunksize=16):
-                progress.update(num_bytes)
-                if len(ids) == 0:
-                    empty += 1
-                    continue
-                builder.add_document(ids, [len(ids)])
-                documents += 1
-                tokens += len(ids)
-                progress.set_postfix(documents=documents, tokens=tokens, refresh=False)
-        if documents == 0:
+    dtype = DType.optimal_dtype(largest_id(tokenizer) + 1)
+    empty = inner_ends = replaced = 0
+    first_replaced = None
+    pending: deque[int] = deque()  # bytes of files read for each block that has no result yet
+
+    def drawn() -> Iterator[Block]:
+        for block, num_bytes in blocks(sources, json_key):
+            pending.append(num_bytes)
+            yield block
+
+    with (
+        CorpusWriter(output_prefix, dtype) as writer,
+        _progress(sum(source.size for source in sources)) as advance,
+        contextlib.closing(
+            ordered_map(_encoder(tokenizer, dtype), drawn(), workers)
+        ) as encoded_blocks,
+    ):
+        for encoded in encoded_blocks:
+            writer.append(encoded.tokens, encoded.lengths)
+            empty += encoded.empty
+            inner_ends += encoded.inner_ends
+            replaced += encoded.replaced
+            first_replaced = first_replaced or encoded.first_replaced
+            advance(pending.popleft(), writer.documents, writer.tokens)
+        if writer.documents == 0:
             raise UserError(f"No text was found in {', '.join(paths)}: nothing to tokenize.")
-        builder.finalize(get_idx_path(unfinished))
-        os.replace(get_bin_path(unfinished), get_bin_path(output_prefix))
-        os.replace(get_idx_path(unfinished), get_idx_path(output_prefix))
-    finally:
-        for leftover in (get_bin_path(unfinished), get_idx_path(unfinished)):
-            Path(leftover).unlink(missing_ok=True)
-    return CorpusSummary(documents, tokens, empty)
+        writer.publish()
+        return CorpusSummary(
+            writer.documents, writer.tokens, empty, replaced, first_replaced, inner_ends
+        )
 
 
-_worker_tokenizer: Any = None
+def _check_output(prefix: str, inputs: Sequence[str]) -> None:
+    if not os.path.basename(prefix):
+        raise UserError(f"--output-prefix {prefix} is a folder: add the name of the corpus.")
+    for output in (get_bin_path(prefix), get_idx_path(prefix)):
+        if os.path.isdir(output):
+            raise UserError(f"--output-prefix {prefix}: {output} is a folder; choose another name.")
+        for path in inputs:
+            if os.path.exists(output) and os.path.samefile(path, output):
+                raise UserError(
+                    f"--output-prefix {prefix} would replace {path}, an input: choose another name."
+                )
 
 
-def _start_worker(config: Any) -> None:
-    # The pool ends its workers by SIGTERM. A Python handler, inherited from the command, may come
-    # just before a worker waits for the next documents and then never run: the pool would wait for
-    # ever. Ctrl-C is for the parent to answer.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global _worker_tokenizer
-    _worker_tokenizer = open_tokenizer(config)
+# --- what a worker does ---------------------------------------------------------------------------
 
 
-def _tokenize(document: tuple[str, int]) -> tuple[np.ndarray, int]:
-    text, num_bytes = document
-    ids = _worker_tokenizer.tokenize(text) if text else []
-    if len(ids) > 0:
-        ids = [*ids, _worker_tokenizer.eod]
-    return np.asarray(ids, dtype=np.int32), num_bytes
+class _Encoded(NamedTuple):
+    """A block's documents: tokens of all of them, in the corpus's dtype, and int32 lengths."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    empty: int
+    replaced: int
+    first_replaced: str | None
+    inner_ends: int
+
+
+def _encoder(tokenizer: Any, dtype: type[np.number]) -> Callable[[Block], _Encoded]:
+    encode = batch_encoder(tokenizer)
+    eod, vocab_size = tokenizer.eod, tokenizer.vocab_size
+    nothing = _without_ends(list(tokenizer.tokenize("")), eod)  # perhaps a BOS
+
+    def encode_block(block: Block) -> _Encoded:
+        documents = list(block.documents())
+        texts = [document.text for document in documents if document.text]
+        replaced = [document.number for document in documents if document.replaced]
+        tokens, lengths = array("q"), array("i")
+        for ids in _encode(encode, texts, block):
+            ids = _without_ends(ids, eod)
+            if ids and ids != nothing:
+                ids.append(eod)
+                tokens.fromlist(ids)
+                lengths.append(len(ids))
+        all_tokens = np.frombuffer(tokens, np.int64)
+        if len(tokens) and not 0 <= all_tokens.min() <= all_tokens.max() < vocab_size:
+            wrong = all_tokens[(all_tokens < 0) | (all_tokens >= vocab_size)][0]
+            raise UserError(
+                f"{block}: the tokenizer gives a token {wrong}, but says that it has {vocab_size:,}"
+                " tokens, so Megatron's models have no such token: number its vocabulary without "
+                "holes."
+            )
+        return _Encoded(
+            all_tokens.astype(dtype),
+            np.frombuffer(lengths, np.int32),
+            empty=len(documents) - len(lengths),
+            replaced=len(replaced),
+            first_replaced=block.place(replaced[0]) if replaced else None,
+            inner_ends=int((all_tokens == eod).sum()) - len(lengths),
+        )
+
+    return encode_block
+
+
+def _encode(
+    encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str], block: Block
+) -> list[list[int]]:
+    try:
+        return encode(texts)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # a panic in Rust is no Exception
+        raise UserError(f"{block}: the tokenizer failed ({error}).") from error
+
+
+def _without_ends(ids: list[int], eod: int) -> list[int]:
+    """Without the EODs that a tokenizer's post-processor, or the text itself, ended it with."""
+    while ids and ids[-1] == eod:
+        ids.pop()
+    return ids
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int, int], None]]:
+    """Yields what takes the bytes that were done, and how many documents and tokens there are.
+
+    A bar on a terminal, else a line a minute.
+    """
+    on_terminal = sys.stderr.isatty()
+    done = 0
+    last = time.monotonic()
+
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="preprocess", disable=not on_terminal
+    ) as bar:
+
+        def advance(num_bytes: int, documents: int, tokens: int) -> None:
+            nonlocal done, last
+            done += num_bytes
+            bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
+            bar.update(num_bytes)
+            if not on_terminal and time.monotonic() - last >= _SECONDS_A_LINE:
+                last = time.monotonic()
+                print(
+                    f"preprocess: {done / max(1, total):.1%} of the input, {documents:,} "
+                    f"documents, {tokens:,} tokens",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        yield advance

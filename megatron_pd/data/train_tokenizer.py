@@ -1,6 +1,5 @@
 """A sentencepiece model trained on the documents of a corpus."""
 
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_pd.data.preprocess import read_documents
+from megatron_pd.data.documents import open_sources, read_documents
 from megatron_pd.errors import UserError
 
 __all__ = ["train_tokenizer"]
@@ -24,23 +23,45 @@ def train_tokenizer(
     vocab_size: int,
     *,
     json_key: str = "text",
+    input_format: str | None = None,
     max_bytes: int = 64 << 20,
 ) -> None:
-    """Train a lossless BPE model (byte fallback, no normalisation) and write `model_path`.
+    """Train a BPE model with byte fallback and no normalisation, and write `model_path`.
+
+    Decoding gives back every text but for U+2581, as which sentencepiece writes spaces: it comes
+    back as a space.
 
     Args:
-        max_bytes: of text to learn from; what comes after it in `paths` is not read.
+        paths, json_key, input_format: as `preprocess` takes them.
+        max_bytes: of text to learn from, in UTF-8; what comes after it in `paths` is not read.
     Raises:
-        UserError: too little text for the vocabulary, or an output that is not a `.model` file.
+        UserError: input that cannot be read, too little text for the vocabulary, or an output that
+            is not a `.model` file or is an input.
     """
     output = Path(model_path)
+    vocabulary = output.with_suffix(".vocab")
     if output.suffix != ".model":
         raise UserError(f"--output {model_path}: a sentencepiece model ends in .model.")
+    open_sources(paths, input_format)
+    for path in paths:
+        if any(file.exists() and file.samefile(path) for file in (output, vocabulary)):
+            raise UserError(
+                f"--output {model_path} would replace {path}, an input: choose another name."
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(".unfinished")
+    failures: list[BaseException] = []  # of reading, which sentencepiece makes RuntimeErrors of
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from _lines(paths, json_key, input_format, max_bytes)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(paths, json_key, max_bytes),
+            sentence_iterator=lines(),
             model_prefix=str(unfinished),
             vocab_size=vocab_size,
             model_type="bpe",
@@ -54,22 +75,28 @@ def train_tokenizer(
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )
+        os.replace(f"{unfinished}.vocab", vocabulary)
+        os.replace(f"{unfinished}.model", output)
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise UserError(
             f"sentencepiece could not learn {vocab_size} pieces from {', '.join(paths)} ({error}): "
             "give more text or a smaller --vocab-size (byte fallback alone takes 263)."
         ) from error
-    os.replace(f"{unfinished}.model", output)
-    os.replace(f"{unfinished}.vocab", output.with_suffix(".vocab"))
+    finally:
+        for suffix in (".model", ".vocab"):
+            Path(f"{unfinished}{suffix}").unlink(missing_ok=True)
 
 
-def _lines(paths: Sequence[str], json_key: str, max_bytes: int) -> Iterator[str]:
+def _lines(
+    paths: Sequence[str], json_key: str, input_format: str | None, max_bytes: int
+) -> Iterator[str]:
     read = 0
-    documents = read_documents(paths, json_key)
-    for text, num_bytes in tqdm(documents, desc="train tokenizer", unit=" documents"):
-        yield from itertools.chain.from_iterable(
-            (line[i : i + 1024] for i in range(0, len(line), 1024)) for line in text.split("\n")
-        )
-        read += num_bytes
+    documents = read_documents(paths, json_key, input_format)
+    for document in tqdm(documents, desc="train tokenizer", unit=" documents"):
+        for line in (document.text or "").split("\n"):
+            yield from (line[i : i + 1024] for i in range(0, len(line), 1024))
+        read += len((document.text or "").encode())
         if read >= max_bytes:
             return
