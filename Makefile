@@ -28,6 +28,7 @@ lint: $(BUILT)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	find csrc tests -type f "(" -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh" ")" -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 bench: $(BUILT)
 	$(BIN)/python tools/benchmarks/bench_loss.py --quick --device $(DEVICE)

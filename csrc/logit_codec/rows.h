@@ -13,27 +13,27 @@ inline constexpr uint32_t kMaxVocabSizeLog2 = 24, kMaxEntriesOfARow = 0xFFFF;
 
 // What a shard's header says about its rows.
 struct Layout {
-    uint32_t vocab_size;
-    uint32_t draws;  // 0: top rows
-    int value_bits;
+  uint32_t vocab_size;
+  uint32_t draws;  // 0: top rows
+  int value_bits;
 };
 
 // Rows without padding: counts of each row, ids and log-probabilities of each entry.
 struct Rows {
-    Span<const int32_t> counts;
-    Span<const int32_t> ids;
-    Span<const float> logprobs;
+  Span<const int32_t> counts;
+  Span<const int32_t> ids;
+  Span<const float> logprobs;
 };
 
 // Where a block's rows are decoded to.
 struct RowBuffers {
-    std::vector<int32_t> counts, ids;
-    std::vector<float> logprobs;
+  std::vector<int32_t> counts, ids;
+  std::vector<float> logprobs;
 };
 
 // Of a sampled row: how often an entry was drawn.
 inline uint32_t draws_of(const Layout& layout, float logprob) {
-    return uint32_t(std::lround(std::exp(double(logprob)) * layout.draws));
+  return uint32_t(std::lround(std::exp(double(logprob)) * layout.draws));
 }
 
 // Throws BadRows where a row is not what a store holds: ids in the vocabulary and different from

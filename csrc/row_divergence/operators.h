@@ -14,18 +14,21 @@
 namespace megatron_pd {
 
 template <class Choice>
-Choice choice(const char* what, c10::string_view name, std::initializer_list<std::pair<const char*, Choice>> choices) {
+Choice choice(const char* what, c10::string_view name,
+              std::initializer_list<std::pair<const char*, Choice>> choices) {
   for (const auto& [known, value] : choices) {
     if (name == known) return value;
   }
   std::string known_names;
-  for (const auto& [known, value] : choices) known_names += (known_names.empty() ? "" : ", ") + std::string(known);
-  TORCH_CHECK_VALUE(false, "Unknown ", what, " '", name, "'. The fused kernel supports ", known_names, ".");
+  for (const auto& [known, value] : choices)
+    known_names += (known_names.empty() ? "" : ", ") + std::string(known);
+  TORCH_CHECK_VALUE(false, "Unknown ", what, " '", name, "'. The fused kernel supports ",
+                    known_names, ".");
 }
 
 template <class Number>
-Divergence<Number> divergence_named(c10::string_view tail, c10::string_view loss, c10::string_view weight,
-                                    double beta) {
+Divergence<Number> divergence_named(c10::string_view tail, c10::string_view loss,
+                                    c10::string_view weight, double beta) {
   return {choice<Tail>("tail policy", tail,
                        {{"renormalize", Tail::kRenormalize},
                         {"raw", Tail::kRaw},
@@ -53,14 +56,16 @@ struct RowTensors {
     TORCH_CHECK_TYPE(log_q.scalar_type() == at::kFloat || log_q.scalar_type() == at::kDouble,
                      "log_q must be float32 or float64; got ", log_q.scalar_type(), ".");
     TORCH_CHECK_VALUE(log_q.dim() == 2 && (log_q.size(1) <= 1 || log_q.stride(1) == 1),
-                      "log_q must be [T, K] with a last stride of 1; got ", log_q.sizes(), " with strides ",
-                      log_q.strides(), ".");
+                      "log_q must be [T, K] with a last stride of 1; got ", log_q.sizes(),
+                      " with strides ", log_q.strides(), ".");
     const int64_t rows = log_q.size(0), columns = log_q.size(1);
-    const auto expect = [&](const at::Tensor& tensor, const char* name, at::ScalarType type, at::IntArrayRef sizes) {
-      TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() && tensor.scalar_type() == type &&
-                            tensor.device() == log_q.device(),
-                        name, " must be a contiguous ", type, " tensor of shape ", sizes, " on ", log_q.device(),
-                        "; got ", tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), ".");
+    const auto expect = [&](const at::Tensor& tensor, const char* name, at::ScalarType type,
+                            at::IntArrayRef sizes) {
+      TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() &&
+                            tensor.scalar_type() == type && tensor.device() == log_q.device(),
+                        name, " must be a contiguous ", type, " tensor of shape ", sizes, " on ",
+                        log_q.device(), "; got ", tensor.scalar_type(), " ", tensor.sizes(), " on ",
+                        tensor.device(), ".");
     };
     expect(label_log_q, "label_log_q", log_q.scalar_type(), {rows});
     expect(ids, "ids", at::kInt, {rows, columns});
@@ -79,7 +84,8 @@ struct RowTensors {
 
 // All rows of one call, in plain pointers.
 template <class Number>
-RowProblem<Number> problem_of(const RowTensors& in, const std::tuple<at::Tensor, at::Tensor, at::Tensor>& out) {
+RowProblem<Number> problem_of(const RowTensors& in,
+                              const std::tuple<at::Tensor, at::Tensor, at::Tensor>& out) {
   const auto& [loss, grad_log_q, grad_label_log_q] = out;
   return {in.log_q.const_data_ptr<Number>(),
           in.log_q.stride(0),

@@ -1,15 +1,17 @@
-// One row's distillation loss and its gradient: what megatron_pd/distill/losses.py composes of PyTorch
-// operations, in one go over the row's K entries. The same code runs on the CPU, one thread a row,
-// and on a GPU, one warp a row.
+// One row's distillation loss and its gradient: what megatron_pd/distill/losses.py composes of
+// PyTorch operations, in one go over the row's K entries. The same code runs on the CPU, one thread
+// a row, and on a GPU, one warp a row.
 //
-//   t   the teacher's measure at τ on the row's outcomes: log t = ℓ/τ − shift, and for some policies
+//   t   the teacher's measure at τ on the row's outcomes: log t = ℓ/τ − shift, and for some
+//   policies
 //       one outcome more
-//   q   the student's, at temperature 1; of the extra outcome either its mass off the row, 1 − P with
+//   q   the student's, at temperature 1; of the extra outcome either its mass off the row, 1 − P
+//   with
 //       P = Σ q, or that of the label
 //
-// A divergence is a sum of terms f(log t, log q). The student's log-probabilities are the inputs, so
-// the gradient is ∂f/∂log q of each entry, and where the extra outcome is 1 − P also that one's, by
-// ∂log(1 − P)/∂log q = −q / (1 − P).
+// A divergence is a sum of terms f(log t, log q). The student's log-probabilities are the inputs,
+// so the gradient is ∂f/∂log q of each entry, and where the extra outcome is 1 − P also that one's,
+// by ∂log(1 − P)/∂log q = −q / (1 − P).
 #pragma once
 
 #include <cmath>
@@ -74,7 +76,8 @@ MEGATRON_PD_HOST_DEVICE Number log_add(Number a, Number b) {
 }
 
 template <class Number>
-MEGATRON_PD_HOST_DEVICE Term<Number> term(const Divergence<Number>& divergence, Number log_t, Number log_q) {
+MEGATRON_PD_HOST_DEVICE Term<Number> term(const Divergence<Number>& divergence, Number log_t,
+                                          Number log_q) {
   const Number t = std::exp(log_t);
   switch (divergence.loss) {
     case Loss::kNll:
@@ -130,7 +133,8 @@ struct TeacherMasses {
 // What the student leaves off the row, 1 − P. Below the floor it counts as the floor and so keeps a
 // slope, so that a student that puts all its mass on the row is still pushed off it.
 template <class Number, class Group>
-MEGATRON_PD_HOST_DEVICE Number student_rest(const Group& group, const Number* log_q, int64_t count) {
+MEGATRON_PD_HOST_DEVICE Number student_rest(const Group& group, const Number* log_q,
+                                            int64_t count) {
   Number mass = 0;
   for (int64_t j = group.lane(); j < count; j += group.size()) mass += std::exp(log_q[j]);
   const Number rest = 1 - group.sum(mass), floor = 8 * std::numeric_limits<Number>::epsilon();
@@ -138,7 +142,8 @@ MEGATRON_PD_HOST_DEVICE Number student_rest(const Group& group, const Number* lo
 }
 
 template <class Number>
-MEGATRON_PD_HOST_DEVICE Number weight_of(const Divergence<Number>& divergence, Number tau, Number log_tempered_mass) {
+MEGATRON_PD_HOST_DEVICE Number weight_of(const Divergence<Number>& divergence, Number tau,
+                                         Number log_tempered_mass) {
   switch (divergence.weight) {
     case Weight::kOne:
       return 1;
@@ -153,10 +158,13 @@ MEGATRON_PD_HOST_DEVICE Number weight_of(const Divergence<Number>& divergence, N
 // The loss of one row, by all threads of `group` together, each with every size()-th entry; all get
 // the result. A row without entries has loss and gradient 0.
 template <class Number, class Group>
-MEGATRON_PD_HOST_DEVICE Number divergence_of_row(const Group& group, const Divergence<Number>& divergence,
-                                                 const TeacherRow<Number>& teacher, const StudentRow<Number>& student,
+MEGATRON_PD_HOST_DEVICE Number divergence_of_row(const Group& group,
+                                                 const Divergence<Number>& divergence,
+                                                 const TeacherRow<Number>& teacher,
+                                                 const StudentRow<Number>& student,
                                                  const RowGradient<Number>& gradient) {
-  for (int64_t j = teacher.count + group.lane(); j < gradient.columns; j += group.size()) gradient.log_q[j] = 0;
+  for (int64_t j = teacher.count + group.lane(); j < gradient.columns; j += group.size())
+    gradient.log_q[j] = 0;
   if (group.lane() == 0) *gradient.label_log_q = 0;
   if (teacher.count == 0) return 0;
 
@@ -233,10 +241,11 @@ struct RowProblem {
   Number* grad_label_log_q;
 
   template <class Group>
-  MEGATRON_PD_HOST_DEVICE void solve_row(const Group& group, const Divergence<Number>& divergence, int64_t row) const {
+  MEGATRON_PD_HOST_DEVICE void solve_row(const Group& group, const Divergence<Number>& divergence,
+                                         int64_t row) const {
     const int64_t count = counts[row] < columns ? counts[row] : columns;
-    const TeacherRow<Number> teacher{ids + row * columns, log_t + row * columns, count > 0 ? count : 0,
-                                     temperatures[row], labels[row]};
+    const TeacherRow<Number> teacher{ids + row * columns, log_t + row * columns,
+                                     count > 0 ? count : 0, temperatures[row], labels[row]};
     const StudentRow<Number> student{log_q + row * log_q_stride, label_log_q[row]};
     const RowGradient<Number> gradient{grad_log_q + row * columns, columns, grad_label_log_q + row};
     const Number value = divergence_of_row(group, divergence, teacher, student, gradient);

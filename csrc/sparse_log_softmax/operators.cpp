@@ -3,11 +3,11 @@
 //   logits       [S, B, V]    float64|float32|bfloat16|float16, last stride 1; T = S·B rows
 //   ids          [T, K]       int32|int64 global ids, −1 = padding
 //   temperature  [1] or [T]   one for all rows or one per row
-//   max          [T]          largest raw logit of the row's live columns
+//   max          [T]          largest raw logit of the row's true vocabulary ids
 //   sums         [T, 1+K]     Σ exp((z − max)/temperature), then the raw logits at `ids`
 //
-// max, sums, temperature and the gradients of logq and lse are float32 (float64 for float64 logits).
-// `sparse_log_softmax_backward_` writes the gradient over the logits.
+// max, sums, temperature and the gradients of logq and lse are float32 (float64 for float64
+// logits). `sparse_log_softmax_backward_` writes the gradient over the logits.
 #include <torch/library.h>
 
 TORCH_LIBRARY(megatron_pd, library) {
@@ -16,7 +16,8 @@ TORCH_LIBRARY(megatron_pd, library) {
       "SymInt vocab_size) -> (Tensor max, Tensor sums)");
   library.def(
       "sparse_log_softmax_backward(Tensor logits, Tensor ids, Tensor temperature, Tensor max, "
-      "Tensor sums, Tensor grad_logq, Tensor grad_lse, SymInt first_id, SymInt vocab_size) -> Tensor");
+      "Tensor sums, Tensor grad_logq, Tensor grad_lse, SymInt first_id, SymInt vocab_size) -> "
+      "Tensor");
   library.def(
       "sparse_log_softmax_backward_(Tensor(a!) logits, Tensor ids, Tensor temperature, Tensor max, "
       "Tensor sums, Tensor grad_logq, Tensor grad_lse, SymInt first_id, SymInt vocab_size) -> ()");

@@ -18,9 +18,9 @@ inline Ids ids_of(const at::Tensor& ids) {
 }
 
 inline Shard shard_of(const at::Tensor& logits, int64_t first_id, int64_t vocab_size) {
-  const int64_t columns = logits.size(2);
-  const int64_t live = std::max<int64_t>(0, std::min(columns, vocab_size - first_id));
-  return {first_id, columns, live, vocab_size};
+  const int64_t size = logits.size(2);
+  const int64_t live = std::max<int64_t>(0, std::min(size, vocab_size - first_id));
+  return {first_id, size, live, vocab_size};
 }
 
 // float64 logits are summed in float64, all others in float32.
@@ -30,37 +30,40 @@ inline at::ScalarType accumulation_type(const at::Tensor& logits) {
 
 inline void check_logits_and_ids(const at::Tensor& logits, const at::Tensor& ids,
                                  const at::Tensor& temperature) {
-  TORCH_CHECK_VALUE(logits.dim() == 3, "logits must be [outer, inner, V]; got ", logits.dim(), " dimensions.");
-  TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1, "The last dimension of the logits must have stride 1; got ",
-                    logits.stride(2), ".");
+  TORCH_CHECK_VALUE(logits.dim() == 3, "logits must be [outer, inner, V]; got ", logits.dim(),
+                    " dimensions.");
+  TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1,
+                    "The last dimension of the logits must have stride 1; got ", logits.stride(2),
+                    ".");
   const int64_t rows = logits.size(0) * logits.size(1);
-  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous(), "ids must be [", rows,
-                    ", K] and contiguous; got ", ids.sizes(), ".");
+  TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous(), "ids must be [",
+                    rows, ", K] and contiguous; got ", ids.sizes(), ".");
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong,
                    "ids must be int32 or int64; got ", ids.scalar_type(), ".");
-  TORCH_CHECK_VALUE(temperature.dim() == 1 && (temperature.numel() == 1 || temperature.numel() == rows) &&
-                        temperature.is_contiguous(),
-                    "temperature must be [1] or [", rows, "] and contiguous; got ", temperature.sizes(), ".");
+  TORCH_CHECK_VALUE(
+      temperature.dim() == 1 && (temperature.numel() == 1 || temperature.numel() == rows) &&
+          temperature.is_contiguous(),
+      "temperature must be [1] or [", rows, "] and contiguous; got ", temperature.sizes(), ".");
   TORCH_CHECK_TYPE(temperature.scalar_type() == accumulation_type(logits), "temperature must be ",
                    accumulation_type(logits), " for ", logits.scalar_type(), " logits; got ",
                    temperature.scalar_type(), ".");
   TORCH_CHECK_VALUE(ids.device() == logits.device() && temperature.device() == logits.device(),
-                    "logits, ids and temperature must be on one device; got ", logits.device(), ", ",
-                    ids.device(), " and ", temperature.device(), ".");
+                    "logits, ids and temperature must be on one device; got ", logits.device(),
+                    ", ", ids.device(), " and ", temperature.device(), ".");
 }
 
 // What the backward operators take besides: the row statistics and the gradients of the outputs.
-inline void check_row_tensors(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& max,
-                              const at::Tensor& sums, const at::Tensor& grad_logq,
-                              const at::Tensor& grad_lse) {
+inline void check_row_tensors(const at::Tensor& logits, const at::Tensor& ids,
+                              const at::Tensor& max, const at::Tensor& sums,
+                              const at::Tensor& grad_logq, const at::Tensor& grad_lse) {
   const int64_t rows = ids.size(0), count = ids.size(1);
   const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
     TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() &&
                           tensor.scalar_type() == accumulation_type(logits) &&
                           tensor.device() == logits.device(),
-                      name, " must be a contiguous ", accumulation_type(logits), " tensor of shape ", sizes,
-                      " on ", logits.device(), "; got ", tensor.scalar_type(), " ", tensor.sizes(), " on ",
-                      tensor.device(), ".");
+                      name, " must be a contiguous ", accumulation_type(logits),
+                      " tensor of shape ", sizes, " on ", logits.device(), "; got ",
+                      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), ".");
   };
   check(max, "max", {rows});
   check(sums, "sums", {rows, 1 + count});

@@ -1,6 +1,6 @@
 // What one call is about, in plain numbers: shared by the CPU and the CUDA kernels.
 //
-// T rows (tokens), V columns (this rank's shard of the vocabulary), K ids per row.
+// T rows (tokens), V logits of a row (this rank's shard of the vocabulary), K ids per row.
 #pragma once
 
 #include <cstdint>
@@ -41,17 +41,17 @@ constexpr int64_t kPaddingId = -1;
 
 // The part of the vocabulary that this rank's logits hold.
 struct Shard {
-  int64_t first_id;      // global id of column 0
-  int64_t columns;       // V
-  int64_t live_columns;  // the columns of true vocabulary ids; the rest pads V and counts for nothing
-  int64_t vocab_size;    // true size of the whole vocabulary
+  int64_t first_id;    // global id of its first logit
+  int64_t size;        // V
+  int64_t live;        // how many are true vocabulary ids; the rest pads V and counts for nothing
+  int64_t vocab_size;  // true size of the whole vocabulary
 
   MEGATRON_PD_HOST_DEVICE bool is_known(int64_t id) const { return id >= 0 && id < vocab_size; }
 
-  // Column of `id` on this rank, or −1 if another rank holds it.
-  MEGATRON_PD_HOST_DEVICE int64_t column(int64_t id) const {
-    const int64_t column = id - first_id;
-    return column >= 0 && column < live_columns ? column : -1;
+  // Place of `id` on this rank, or −1 if another rank holds it.
+  MEGATRON_PD_HOST_DEVICE int64_t place(int64_t id) const {
+    const int64_t place = id - first_id;
+    return place >= 0 && place < live ? place : -1;
   }
 };
 

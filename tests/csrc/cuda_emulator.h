@@ -163,7 +163,8 @@ class Block {
       for (unsigned t = from; t < to; ++t) fibers_[t].wait = Wait::kNothing;
       released = true;
     };
-    for (unsigned first = 0; first < threads_; first += kWarp) let_on(first, first + kWarp, Wait::kWarp);
+    for (unsigned first = 0; first < threads_; first += kWarp)
+      let_on(first, first + kWarp, Wait::kWarp);
     let_on(0, threads_, Wait::kBlock);
     return released;
   }
@@ -183,7 +184,8 @@ class Block {
 inline Block* block = nullptr;
 inline Index block_index;
 
-inline void launch(Index blocks, unsigned threads, bool reversed, const std::function<void()>& kernel) {
+inline void launch(Index blocks, unsigned threads, bool reversed,
+                   const std::function<void()>& kernel) {
   Block emulated(threads);
   block = &emulated;
   for (unsigned b = 0; b < blocks.x * blocks.y; ++b) {
@@ -221,7 +223,9 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float float_of_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+inline float float_of_bfloat16(uint16_t bits) {
+  return float_of(static_cast<uint32_t>(bits) << 16);
+}
 inline uint16_t bfloat16_of_float(float x) {
   const uint32_t bits = bits_of(x);
   if (std::isnan(x)) return 0x7fff;

@@ -46,8 +46,8 @@ class Ids(Structure):
 class Shard(Structure):
     _fields_ = [
         ("first_id", c_int64),
-        ("columns", c_int64),
-        ("live_columns", c_int64),
+        ("size", c_int64),
+        ("live", c_int64),
         ("vocab_size", c_int64),
     ]
 
@@ -92,11 +92,11 @@ class BackwardArguments(Structure):
 def _problem(
     logits_SBV: Tensor, ids_TK: Tensor, temperature_T: Tensor, first_id: int, vocab_size: int
 ) -> tuple[Ids, Shard, Temperatures]:
-    columns = logits_SBV.shape[-1]
-    live = max(0, min(columns, vocab_size - first_id))
+    size = logits_SBV.shape[-1]
+    live = max(0, min(size, vocab_size - first_id))
     return (
         Ids(ids_TK.data_ptr(), ids_TK.dtype == torch.int64, ids_TK.shape[1]),
-        Shard(first_id, columns, live, vocab_size),
+        Shard(first_id, size, live, vocab_size),
         Temperatures(temperature_T.data_ptr(), temperature_T.numel() > 1),
     )
 

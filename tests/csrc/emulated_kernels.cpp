@@ -1,4 +1,5 @@
-// The CUDA kernels compiled for the host, with a C interface for tests/csrc/test_emulated_kernels.py.
+// The CUDA kernels compiled for the host, with a C interface for
+// tests/csrc/test_emulated_kernels.py.
 #include "cuda_emulator.h"
 
 #include "../../csrc/row_divergence/cuda/kernel.cuh"
@@ -16,14 +17,17 @@ constexpr int kThreads = 64;
 template <class Logit>
 void forward(const ForwardArguments& in, unsigned rows, bool reversed) {
   const auto parts = static_cast<unsigned>(in.parts);
-  emulator::launch({rows, parts}, kThreads, reversed, [&] { megatron_pd::forward_kernel<Logit, kThreads>(in); });
-  emulator::launch({rows, 1}, kThreads, reversed, [&] { megatron_pd::finish_kernel<Logit, kThreads>(in); });
+  emulator::launch({rows, parts}, kThreads, reversed,
+                   [&] { megatron_pd::forward_kernel<Logit, kThreads>(in); });
+  emulator::launch({rows, 1}, kThreads, reversed,
+                   [&] { megatron_pd::finish_kernel<Logit, kThreads>(in); });
 }
 
 template <class Logit>
 void backward(const BackwardArguments& in, unsigned rows, bool reversed) {
   const auto parts = static_cast<unsigned>(in.parts);
-  emulator::launch({rows, parts}, kThreads, reversed, [&] { megatron_pd::backward_kernel<Logit, kThreads>(in); });
+  emulator::launch({rows, parts}, kThreads, reversed,
+                   [&] { megatron_pd::backward_kernel<Logit, kThreads>(in); });
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ IDS = torch.zeros(3, 2, dtype=torch.long)
         (dict(temperature=-1.0), ValueError, r"temperature must be positive; got -1.0"),
         (dict(temperature=torch.ones(4)), ValueError, r"shape \(4,\), which doesn't broadcast"),
         (dict(temperature=torch.zeros(3)), ValueError, r"temperature must be positive.*got 0"),
-        (dict(vocab_size=11), ValueError, r"between 1 and the logits' 10 columns.*got 11"),
+        (dict(vocab_size=11), ValueError, r"between 1 and the logits' 10 ids.*got 11"),
         (dict(vocab_size=0), ValueError, r"vocab_size .* got 0"),
     ],
 )

@@ -27,17 +27,17 @@ std::vector<uint8_t> slice_compact(const EntropyModel& model, Bytes stream, uint
 
 // Of one shard, whose entropy models it keeps parsed for a while.
 class CompactCodec final : public Codec {
-   public:
-    explicit CompactCodec(const Layout& layout);
+ public:
+  explicit CompactCodec(const Layout& layout);
 
-    size_t statistic_bytes() const override { return sizeof(uint16_t); }
-    RowBuffers decode(const Frames& frames, const Block& block, size_t wanted) const override;
+  size_t statistic_bytes() const override { return sizeof(uint16_t); }
+  RowBuffers decode(const Frames& frames, const Block& block, size_t wanted) const override;
 
-   private:
-    std::shared_ptr<const EntropyModel> model_of(const Frames& frames, const Block& block) const;
+ private:
+  std::shared_ptr<const EntropyModel> model_of(const Frames& frames, const Block& block) const;
 
-    Layout layout_;
-    uint64_t shard_;  // a number of its own
+  Layout layout_;
+  uint64_t shard_;  // a number of its own
 };
 
 }  // namespace logit_codec

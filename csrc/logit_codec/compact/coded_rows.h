@@ -13,8 +13,8 @@ namespace logit_codec {
 // Ordinals instead of ids, and the quantizer's codes (top rows) or draws (sampled rows) instead of
 // log-probabilities.
 struct CodedRows {
-    std::vector<uint32_t> counts, tails;    // of each row; sampled rows and empty ones have no tail
-    std::vector<uint32_t> ordinals, codes;  // of each entry
+  std::vector<uint32_t> counts, tails;    // of each row; sampled rows and empty ones have no tail
+  std::vector<uint32_t> ordinals, codes;  // of each entry
 };
 
 CodedRows code_rows(const Layout& layout, const Quantizer& quantizer, const VocabularyOrder& order,

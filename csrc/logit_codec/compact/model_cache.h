@@ -12,26 +12,26 @@
 namespace logit_codec {
 
 class ModelCache {
-   public:
-    static ModelCache& instance();
+ public:
+  static ModelCache& instance();
 
-    // Null where it isn't there.
-    std::shared_ptr<const EntropyModel> find(uint64_t shard, uint64_t offset);
-    void add(uint64_t shard, uint64_t offset, std::shared_ptr<const EntropyModel> model);
+  // Null where it isn't there.
+  std::shared_ptr<const EntropyModel> find(uint64_t shard, uint64_t offset);
+  void add(uint64_t shard, uint64_t offset, std::shared_ptr<const EntropyModel> model);
 
-   private:
-    struct Entry {
-        uint64_t shard, offset, used;
-        std::shared_ptr<const EntropyModel> model;
-    };
-    static constexpr size_t kCapacityBytes = 256 << 20;
+ private:
+  struct Entry {
+    uint64_t shard, offset, used;
+    std::shared_ptr<const EntropyModel> model;
+  };
+  static constexpr size_t kCapacityBytes = 256 << 20;
 
-    ModelCache();
+  ModelCache();
 
-    std::mutex mutex_;
-    std::vector<Entry> entries_;
-    size_t bytes_ = 0;
-    uint64_t clock_ = 0;
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+  size_t bytes_ = 0;
+  uint64_t clock_ = 0;
 };
 
 }  // namespace logit_codec

@@ -30,91 +30,91 @@ inline constexpr int kMinValueBits = 8, kMaxValueBits = 14;
 inline constexpr int kValueKinds = 2 * 19;
 
 class Quantizer {
-   public:
-    // The one of kMinValueBits <= bits <= kMaxValueBits, made once.
-    static const Quantizer& of(int bits) {
-        static const std::vector<Quantizer> quantizers = [] {
-            std::vector<Quantizer> made;
-            for (int b = kMinValueBits; b <= kMaxValueBits; ++b) made.push_back(Quantizer(b));
-            return made;
-        }();
-        return quantizers[size_t(bits - kMinValueBits)];
+ public:
+  // The one of kMinValueBits <= bits <= kMaxValueBits, made once.
+  static const Quantizer& of(int bits) {
+    static const std::vector<Quantizer> quantizers = [] {
+      std::vector<Quantizer> made;
+      for (int b = kMinValueBits; b <= kMaxValueBits; ++b) made.push_back(Quantizer(b));
+      return made;
+    }();
+    return quantizers[size_t(bits - kMinValueBits)];
+  }
+
+  // The code of probability 1, the largest.
+  uint32_t max_code() const { return max_code_; }
+
+  // Square of a code's root.  65,536 of them don't overflow.
+  uint64_t weight(uint32_t code) const { return weight_[code]; }
+
+  // The code of the tail that the weights of a row's entries suggest.
+  uint32_t likely_tail(uint64_t weights) const {
+    const uint64_t rest = weight_[max_code_] - std::min(weights, weight_[max_code_]);
+    return code_below(uint32_t(std::sqrt(double(rest))));
+  }
+
+  // Codes of one row of falling log-probabilities; returns its tail's.
+  uint32_t encode(Span<const float> logprobs, uint32_t* codes) const {
+    double tail = 1;
+    for (size_t i = 0; i < logprobs.size(); ++i) {
+      const double root = std::exp(0.5 * double(logprobs[i]));
+      codes[i] = nearest(root);
+      tail -= root * root;
     }
+    return nearest(std::sqrt(std::max(tail, 0.0)));  // the teacher's own rounding may exceed 1
+  }
 
-    // The code of probability 1, the largest.
-    uint32_t max_code() const { return max_code_; }
+  void decode(Span<const uint32_t> codes, uint32_t tail, float* logprobs) const {
+    uint64_t total = weight_[tail];
+    for (const uint32_t code : codes) total += weight_[code];
+    const double log_total = std::log(double(total));
+    for (size_t i = 0; i < codes.size(); ++i)
+      logprobs[i] = float(log_weight_[codes[i]] - log_total);
+  }
 
-    // Square of a code's root.  65,536 of them don't overflow.
-    uint64_t weight(uint32_t code) const { return weight_[code]; }
+  // Which half of which octave a code's root is in, below kValueKinds.
+  int kind(uint32_t code) const {
+    const uint32_t number = root(code);
+    const int octave = log2_floor(number);
+    return 2 * (octave - kLevelsLog2) + int(number >> (octave - 1) & 1);
+  }
 
-    // The code of the tail that the weights of a row's entries suggest.
-    uint32_t likely_tail(uint64_t weights) const {
-        const uint64_t rest = weight_[max_code_] - std::min(weights, weight_[max_code_]);
-        return code_below(uint32_t(std::sqrt(double(rest))));
+ private:
+  explicit Quantizer(int bits)
+      : fine_octaves_(23 - bits),
+        max_code_((75u << (bits - 8)) + (uint32_t(fine_octaves_) - 1) * kLevels) {
+    for (uint32_t code = 0; code <= max_code_; ++code) {
+      weight_.push_back(uint64_t(root(code)) * root(code));
+      log_weight_.push_back(2 * std::log(double(root(code))));
     }
+  }
 
-    // Codes of one row of falling log-probabilities; returns its tail's.
-    uint32_t encode(Span<const float> logprobs, uint32_t* codes) const {
-        double tail = 1;
-        for (size_t i = 0; i < logprobs.size(); ++i) {
-            const double root = std::exp(0.5 * double(logprobs[i]));
-            codes[i] = nearest(root);
-            tail -= root * root;
-        }
-        return nearest(std::sqrt(std::max(tail, 0.0)));  // the teacher's own rounding may exceed 1
-    }
+  // sqrt(p) in units of the finest step: kLevels levels in every octave, then all steps alike.
+  uint32_t root(uint32_t code) const {
+    const uint32_t octave = std::min(code / kLevels, uint32_t(fine_octaves_));
+    return (kLevels + code - octave * kLevels) << octave;
+  }
 
-    void decode(Span<const uint32_t> codes, uint32_t tail, float* logprobs) const {
-        uint64_t total = weight_[tail];
-        for (const uint32_t code : codes) total += weight_[code];
-        const double log_total = std::log(double(total));
-        for (size_t i = 0; i < codes.size(); ++i)
-            logprobs[i] = float(log_weight_[codes[i]] - log_total);
-    }
+  // The largest code whose root is at most this one.
+  uint32_t code_below(uint32_t root) const {
+    if (root < kLevels) return 0;
+    const int octave = std::min(log2_floor(root) - kLevelsLog2, fine_octaves_);
+    return (root >> octave) - kLevels + uint32_t(octave) * kLevels;
+  }
 
-    // Which half of which octave a code's root is in, below kValueKinds.
-    int kind(uint32_t code) const {
-        const uint32_t number = root(code);
-        const int octave = log2_floor(number);
-        return 2 * (octave - kLevelsLog2) + int(number >> (octave - 1) & 1);
-    }
+  uint32_t nearest(double share) const {
+    const double place = std::min(share, 1.0) * root(max_code_);
+    const uint32_t below = code_below(uint32_t(place));
+    return below + (below < max_code_ && 2 * place > double(root(below)) + root(below + 1));
+  }
 
-   private:
-    explicit Quantizer(int bits)
-        : fine_octaves_(23 - bits),
-          max_code_((75u << (bits - 8)) + (uint32_t(fine_octaves_) - 1) * kLevels) {
-        for (uint32_t code = 0; code <= max_code_; ++code) {
-            weight_.push_back(uint64_t(root(code)) * root(code));
-            log_weight_.push_back(2 * std::log(double(root(code))));
-        }
-    }
+  static constexpr int kLevelsLog2 = 3;
+  static constexpr uint32_t kLevels = 1u << kLevelsLog2;
 
-    // sqrt(p) in units of the finest step: kLevels levels in every octave, then all steps alike.
-    uint32_t root(uint32_t code) const {
-        const uint32_t octave = std::min(code / kLevels, uint32_t(fine_octaves_));
-        return (kLevels + code - octave * kLevels) << octave;
-    }
-
-    // The largest code whose root is at most this one.
-    uint32_t code_below(uint32_t root) const {
-        if (root < kLevels) return 0;
-        const int octave = std::min(log2_floor(root) - kLevelsLog2, fine_octaves_);
-        return (root >> octave) - kLevels + uint32_t(octave) * kLevels;
-    }
-
-    uint32_t nearest(double share) const {
-        const double place = std::min(share, 1.0) * root(max_code_);
-        const uint32_t below = code_below(uint32_t(place));
-        return below + (below < max_code_ && 2 * place > double(root(below)) + root(below + 1));
-    }
-
-    static constexpr int kLevelsLog2 = 3;
-    static constexpr uint32_t kLevels = 1u << kLevelsLog2;
-
-    int fine_octaves_;
-    uint32_t max_code_;
-    std::vector<uint64_t> weight_;
-    std::vector<double> log_weight_;
+  int fine_octaves_;
+  uint32_t max_code_;
+  std::vector<uint64_t> weight_;
+  std::vector<double> log_weight_;
 };
 
 }  // namespace logit_codec

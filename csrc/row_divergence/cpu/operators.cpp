@@ -23,9 +23,10 @@ struct OneThread {
 constexpr int64_t kEntriesPerTask = 4096;  // some 50 μs, worth a thread's wake-up
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> row_divergence(
-    const at::Tensor& log_q, const at::Tensor& label_log_q, const at::Tensor& ids, const at::Tensor& log_t,
-    const at::Tensor& counts, const at::Tensor& labels, const at::Tensor& temperature, c10::string_view tail,
-    c10::string_view loss, c10::string_view weight, double beta) {
+    const at::Tensor& log_q, const at::Tensor& label_log_q, const at::Tensor& ids,
+    const at::Tensor& log_t, const at::Tensor& counts, const at::Tensor& labels,
+    const at::Tensor& temperature, c10::string_view tail, c10::string_view loss,
+    c10::string_view weight, double beta) {
   const RowTensors in{log_q, label_log_q, ids, log_t, counts, labels, temperature};
   in.check();
   const auto out = in.outputs();
@@ -45,4 +46,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> row_divergence(
 }  // namespace
 }  // namespace megatron_pd
 
-TORCH_LIBRARY_IMPL(megatron_pd, CPU, library) { library.impl("row_divergence", &megatron_pd::row_divergence); }
+TORCH_LIBRARY_IMPL(megatron_pd, CPU, library) {
+  library.impl("row_divergence", &megatron_pd::row_divergence);
+}

@@ -1,5 +1,5 @@
-// The CUDA kernel: one warp a row, its lanes on every 32nd entry. Sums go over the lanes by shuffles in
-// a fixed order, so results are the same every time.
+// The CUDA kernel: one warp a row, its lanes on every 32nd entry. Sums go over the lanes by
+// shuffles in a fixed order, so results are the same every time.
 //
 // Compiled by nvcc, and for the host by tests/csrc/cuda_emulator.h.
 #pragma once

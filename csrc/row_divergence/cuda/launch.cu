@@ -5,7 +5,8 @@
 
 namespace megatron_pd {
 
-void launch_row_divergence(const Divergence<float>& divergence, const RowProblem<float>& problem, cudaStream_t stream) {
+void launch_row_divergence(const Divergence<float>& divergence, const RowProblem<float>& problem,
+                           cudaStream_t stream) {
   constexpr int kThreads = 128, kRowsPerBlock = kThreads / kWarpSize;
   const auto blocks = static_cast<unsigned>((problem.rows + kRowsPerBlock - 1) / kRowsPerBlock);
   row_divergence_kernel<kThreads><<<blocks, kThreads, 0, stream>>>(divergence, problem);

@@ -6,6 +6,7 @@
 
 namespace megatron_pd {
 
-void launch_row_divergence(const Divergence<float>& divergence, const RowProblem<float>& problem, cudaStream_t stream);
+void launch_row_divergence(const Divergence<float>& divergence, const RowProblem<float>& problem,
+                           cudaStream_t stream);
 
 }  // namespace megatron_pd

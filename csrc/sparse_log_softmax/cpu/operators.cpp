@@ -60,7 +60,8 @@ struct RowLoops {
   using Accumulator = float;
   RowKernels kernels = best_row_kernels(LogitTypeOf<Logit>::value);
 
-  void statistics(const Logit* logits, int64_t count, float temperature, float* max, double* sum) const {
+  void statistics(const Logit* logits, int64_t count, float temperature, float* max,
+                  double* sum) const {
     kernels.statistics(logits, count, temperature, max, sum);
   }
   void gradient(const Logit* logits, Logit* out, int64_t count, float temperature, float max,
@@ -74,7 +75,8 @@ template <>
 struct RowLoops<double> {
   using Accumulator = double;
 
-  void statistics(const double* logits, int64_t count, double temperature, double* max, double* sum) const {
+  void statistics(const double* logits, int64_t count, double temperature, double* max,
+                  double* sum) const {
     *max = -std::numeric_limits<double>::infinity();
     *sum = 0.0;
     for (int64_t v = 0; v < count; ++v) *max = logits[v] > *max ? logits[v] : *max;
@@ -83,12 +85,15 @@ struct RowLoops<double> {
   }
   void gradient(const double* logits, double* out, int64_t count, double temperature, double max,
                 double coefficient) const {
-    for (int64_t v = 0; v < count; ++v) out[v] = -coefficient * std::exp((logits[v] - max) / temperature);
+    for (int64_t v = 0; v < count; ++v)
+      out[v] = -coefficient * std::exp((logits[v] - max) / temperature);
   }
 };
 
 // Rows per task: enough of them that a task is worth a thread's wake-up.
-int64_t grain(int64_t columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns)); }
+int64_t grain(int64_t shard_size) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, shard_size));
+}
 
 template <class Number>
 Number of_row(const Number* values, int64_t count, int64_t row) {
@@ -107,33 +112,37 @@ void forward_rows(const at::Tensor& logits, const at::Tensor& ids_TK, const at::
   auto* max = max_T.mutable_data_ptr<Accumulator>();
   auto* sums = sums_T.mutable_data_ptr<Accumulator>();
 
-  at::parallel_for(0, ids_TK.size(0), grain(shard.columns), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, ids_TK.size(0), grain(shard.size), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const Logit* z = data + layout.offset(row);
       Accumulator* out = sums + row * (1 + ids.count);
       const Accumulator row_temperature = of_row(temperatures, temperature.numel(), row);
-      TORCH_CHECK_VALUE(row_temperature > 0, "temperature must be positive; got ", row_temperature, ".");
+      TORCH_CHECK_VALUE(row_temperature > 0, "temperature must be positive; got ", row_temperature,
+                        ".");
       double sum;
-      loops.statistics(z, shard.live_columns, row_temperature, max + row, &sum);
+      loops.statistics(z, shard.live, row_temperature, max + row, &sum);
       out[0] = static_cast<Accumulator>(sum);
       for (int64_t j = 0; j < ids.count; ++j) {
         const int64_t id = ids.at(row, j);
         TORCH_CHECK_INDEX(id == kPaddingId || shard.is_known(id), "ids[", row, ", ", j, "] is ", id,
-                          ": expected -1 (padding) or a vocabulary id from 0 to ", shard.vocab_size - 1, ".");
-        const int64_t column = id == kPaddingId ? -1 : shard.column(id);
+                          ": expected -1 (padding) or a vocabulary id from 0 to ",
+                          shard.vocab_size - 1, ".");
+        const int64_t column = id == kPaddingId ? -1 : shard.place(id);
         out[1 + j] = column < 0 ? Accumulator(0) : static_cast<Accumulator>(z[column]);
       }
     }
   });
 }
 
-// One row's gradient: g·(1[v = id] summed over the ids − Σg·softmax), with Σg less the gradient of lse.
+// One row's gradient: g·(1[v = id] summed over the ids − Σg·softmax), with Σg less the gradient of
+// lse.
 template <class Logit>
 class GradientOfRow {
  public:
   using Accumulator = typename RowLoops<Logit>::Accumulator;
 
-  GradientOfRow(const Shard& shard, const Ids& ids) : shard_(shard), ids_(ids), slots_(ids.count), totals_(ids.count) {}
+  GradientOfRow(const Shard& shard, const Ids& ids)
+      : shard_(shard), ids_(ids), slots_(ids.count), totals_(ids.count) {}
 
   // `sums` and `grad_logq` are the row's own; `z` and `out` may be the same memory.
   void operator()(const Logit* z, Logit* out, int64_t row, Accumulator temperature, Accumulator max,
@@ -142,34 +151,37 @@ class GradientOfRow {
     for (int64_t j = 0; j < ids_.count; ++j) {
       if (ids_.at(row, j) != kPaddingId) mass += grad_logq[j];
     }
-    const auto coefficient = static_cast<Accumulator>(mass / (static_cast<double>(sums[0]) * temperature));
-    const int64_t live = shard_.live_columns;
+    const auto coefficient =
+        static_cast<Accumulator>(mass / (static_cast<double>(sums[0]) * temperature));
+    const int64_t live = shard_.live;
     // A row without gradient (a masked token) isn't even read, so that what it holds can't matter.
     const bool dense = mass != 0.0;
     if (dense) loops_.gradient(z, out, live, temperature, max, coefficient);
-    std::fill(out + (dense ? live : 0), out + shard_.columns, Logit(0));
+    std::fill(out + (dense ? live : 0), out + shard_.size, Logit(0));
     add_chosen(out, row, temperature, max, dense ? coefficient : Accumulator(0), sums, grad_logq);
   }
 
  private:
-  // An id may stand in several columns (the label is often a teacher's token too): its gradients are
-  // added in column order before the one rounding to the logits' type.
-  void add_chosen(Logit* out, int64_t row, Accumulator temperature, Accumulator max, Accumulator coefficient,
-                  const Accumulator* sums, const Accumulator* grad_logq) {
+  // An id may stand in several columns (the label is often a teacher's token too): its gradients
+  // are added in column order before the one rounding to the logits' type.
+  void add_chosen(Logit* out, int64_t row, Accumulator temperature, Accumulator max,
+                  Accumulator coefficient, const Accumulator* sums, const Accumulator* grad_logq) {
     slots_.clear();
     for (int64_t j = 0; j < ids_.count; ++j) {
       const int64_t id = ids_.at(row, j);
-      const int64_t column = id == kPaddingId ? -1 : shard_.column(id);
+      const int64_t column = id == kPaddingId ? -1 : shard_.place(id);
       if (column < 0) continue;
       const auto [slot, is_new] = slots_.find_or_add(column);
       if (is_new) {
-        const Accumulator dense =
-            coefficient == 0 ? Accumulator(0) : coefficient * std::exp((sums[1 + j] - max) / temperature);
+        const Accumulator dense = coefficient == 0
+                                      ? Accumulator(0)
+                                      : coefficient * std::exp((sums[1 + j] - max) / temperature);
         totals_[slot] = {column, -dense};
       }
       totals_[slot].value += grad_logq[j] / temperature;
     }
-    for (int64_t slot = 0; slot < slots_.size(); ++slot) out[totals_[slot].column] = static_cast<Logit>(totals_[slot].value);
+    for (int64_t slot = 0; slot < slots_.size(); ++slot)
+      out[totals_[slot].column] = static_cast<Logit>(totals_[slot].value);
   }
 
   struct Total {
@@ -189,7 +201,8 @@ struct BackwardInputs {
 };
 
 template <class Logit>
-void backward_rows(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in, const Shard& shard) {
+void backward_rows(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in,
+                   const Shard& shard) {
   using Accumulator = typename RowLoops<Logit>::Accumulator;
   const RowLayout layout = row_layout(logits), out_layout = row_layout(gradient);
   const Ids ids = ids_of(in.ids);
@@ -201,12 +214,12 @@ void backward_rows(const at::Tensor& logits, const at::Tensor& gradient, const B
   const auto* grad_logq = in.grad_logq.const_data_ptr<Accumulator>();
   const auto* grad_lse = in.grad_lse.const_data_ptr<Accumulator>();
 
-  at::parallel_for(0, in.ids.size(0), grain(shard.columns), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, in.ids.size(0), grain(shard.size), [&](int64_t begin, int64_t end) {
     GradientOfRow<Logit> gradient_of_row(shard, ids);
     for (int64_t row = begin; row < end; ++row) {
       gradient_of_row(z + layout.offset(row), out + out_layout.offset(row), row,
-                      of_row(temperatures, in.temperature.numel(), row), max[row], sums + row * (1 + ids.count),
-                      grad_logq + row * ids.count, grad_lse[row]);
+                      of_row(temperatures, in.temperature.numel(), row), max[row],
+                      sums + row * (1 + ids.count), grad_logq + row * ids.count, grad_lse[row]);
     }
   });
 }
@@ -224,12 +237,14 @@ void for_logit_type(at::ScalarType type, const Function& function) {
     case at::kHalf:
       return function(at::Half());
     default:
-      TORCH_CHECK_TYPE(false, "logits must be float64, float32, bfloat16 or float16; got ", type, ".");
+      TORCH_CHECK_TYPE(false, "logits must be float64, float32, bfloat16 or float16; got ", type,
+                       ".");
   }
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& ids,
-                                           const at::Tensor& temperature, int64_t first_id, int64_t vocab_size) {
+                                           const at::Tensor& temperature, int64_t first_id,
+                                           int64_t vocab_size) {
   check_logits_and_ids(logits, ids, temperature);
   const auto options = logits.options().dtype(accumulation_type(logits));
   at::Tensor max = at::empty({ids.size(0)}, options);
@@ -241,8 +256,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::T
   return {max, sums};
 }
 
-void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in, int64_t first_id,
-                   int64_t vocab_size) {
+void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const BackwardInputs& in,
+                   int64_t first_id, int64_t vocab_size) {
   check_logits_and_ids(logits, in.ids, in.temperature);
   check_row_tensors(logits, in.ids, in.max, in.sums, in.grad_logq, in.grad_lse);
   const Shard shard = shard_of(logits, first_id, vocab_size);
@@ -254,14 +269,16 @@ at::Tensor backward(const at::Tensor& logits, const at::Tensor& ids, const at::T
                     const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
                     const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
   at::Tensor gradient = at::empty(logits.sizes(), logits.options());
-  backward_into(logits, gradient, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id, vocab_size);
+  backward_into(logits, gradient, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id,
+                vocab_size);
   return gradient;
 }
 
-void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature, const at::Tensor& max,
-               const at::Tensor& sums, const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id,
-               int64_t vocab_size) {
-  backward_into(logits, logits, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id, vocab_size);
+void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature,
+               const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
+               const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
+  backward_into(logits, logits, {ids, temperature, max, sums, grad_logq, grad_lse}, first_id,
+                vocab_size);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 // between the files could otherwise be linked in its AVX-512 form into the baseline.
 //
 // The unit of work is a pair of registers of float32. 16-bit logits are read as 32-bit words, whose
-// low and high halves make the pair: the order of columns within a unit is of no consequence here,
+// low and high halves make the pair: the order of logits within a unit is of no consequence here,
 // and so no lane-crossing shuffle is needed.
 #pragma once
 
@@ -93,7 +93,7 @@ struct BFloat16 : Packed16<BFloat16> {
 #else
   static MEGATRON_PD_INLINE Words narrow(Floats x) {
     const Words bits = as_words(x);
-    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);    // to nearest, ties to even
     return (x == x ? rounded : bits | 0x00400000u) & 0xffff0000u;  // a NaN's payload must not carry
   }
 #endif
@@ -216,7 +216,8 @@ MEGATRON_PD_INLINE double block_sum(const typename Type::Storage* logits, int64_
 }
 
 template <class Type>
-void statistics(const void* row, int64_t count, float temperature, float* row_max, double* row_sum) {
+void statistics(const void* row, int64_t count, float temperature, float* row_max,
+                double* row_sum) {
   const auto* logits = static_cast<const typename Type::Storage*>(row);
   float max = -__builtin_inff();
   double sum = 0.0;

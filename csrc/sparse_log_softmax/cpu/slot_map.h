@@ -1,6 +1,6 @@
-// Numbers the distinct columns of one row in the order in which they are met.
+// Numbers the distinct ids of one row in the order in which they are met.
 //
-// An open-addressed table of twice the row's ids: constant time per id however many columns repeat,
+// An open-addressed table of twice the row's ids: constant time per id however many repeat,
 // and no allocation from row to row.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace megatron_pd {
 
 class SlotMap {
  public:
-  explicit SlotMap(int64_t most_columns) : entries_(table_size(most_columns), Entry{kEmpty, 0}) {
+  explicit SlotMap(int64_t most_ids) : entries_(table_size(most_ids), Entry{kEmpty, 0}) {
     shift_ = 64 - __builtin_ctzll(entries_.size());
   }
 
@@ -26,7 +26,8 @@ class SlotMap {
 
   // The column's number, and whether it was met for the first time.
   std::pair<int64_t, bool> find_or_add(int64_t column) {
-    uint64_t at = (static_cast<uint64_t>(column) * 0x9e3779b97f4a7c15u) >> shift_;  // Fibonacci hashing
+    uint64_t at =
+        (static_cast<uint64_t>(column) * 0x9e3779b97f4a7c15u) >> shift_;  // Fibonacci hashing
     while (entries_[at].column != kEmpty) {
       if (entries_[at].column == column) return {entries_[at].slot, false};
       at = (at + 1) & (entries_.size() - 1);
@@ -41,9 +42,9 @@ class SlotMap {
     int64_t column, slot;
   };
 
-  static size_t table_size(int64_t most_columns) {
+  static size_t table_size(int64_t most_ids) {
     size_t size = 2;
-    while (size < 2 * static_cast<size_t>(most_columns)) size *= 2;
+    while (size < 2 * static_cast<size_t>(most_ids)) size *= 2;
     return size;
   }
 

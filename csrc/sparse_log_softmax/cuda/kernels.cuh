@@ -1,15 +1,16 @@
-// The CUDA kernels. A row is cut into `parts`, one block each: one part where the rows alone fill the
-// GPU, several where they are few.
+// The CUDA kernels. A row is cut into `parts`, one block each: one part where the rows alone fill
+// the GPU, several where they are few.
 //
 //   forward   each thread keeps the maximum and Σ exp of what it reads (online softmax), 16 bytes a
 //             load and four loads under way; the block merges them into its part's two numbers.
 //   finish    one small block per row merges the parts and gathers the K logits.
-//   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over its part, and
-//             after a barrier writes the part's chosen columns again, their own gradients added.
+//   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over its part,
+//   and
+//             after a barrier writes the part's chosen logits again, their own gradients added.
 //
 // The logits are read once forward and read and written once backward; every other access is to
-// [T, K] and [T, parts]. No atomics: an id that stands in several columns is summed by the thread of
-// its first column, in column order, in float32, so results are the same every time. Indices are
+// [T, K] and [T, parts]. No atomics: an id that stands in several columns is summed by the thread
+// of its first column, in column order, in float32, so results are the same every time. Indices are
 // 64-bit.
 //
 // An id that isn't in the vocabulary gives NaN, since a kernel can't raise; −1 is padding.
@@ -31,27 +32,31 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp_scaled(float x, float scale) { return exp2f(x * scale); }
 
-// Columns [begin, end) of part `index` of a row. All parts but the last have the same length, a multiple
-// of 16 bytes in every logit type, and so the same alignment.
+// Columns [begin, end) of part `index` of a row. All parts but the last have the same length, a
+// multiple of 16 bytes in every logit type, and so the same alignment.
 struct Part {
   int64_t begin, end;
 
-  __device__ __forceinline__ Part(int64_t columns, int64_t index, int64_t parts) {
-    const int64_t length = ((columns + parts - 1) / parts + 7) / 8 * 8;
-    begin = index * length < columns ? index * length : columns;
-    end = begin + length < columns ? begin + length : columns;
+  __device__ __forceinline__ Part(int64_t size, int64_t index, int64_t parts) {
+    const int64_t length = ((size + parts - 1) / parts + 7) / 8 * 8;
+    begin = index * length < size ? index * length : size;
+    end = begin + length < size ? begin + length : size;
   }
 };
 
-// --- online softmax -------------------------------------------------------------------------------
+// --- online softmax
+// -------------------------------------------------------------------------------
 
-// Σ exp((z − max)/τ) of the logits seen so far. A NaN doesn't enter the maximum but makes the sum NaN.
+// Σ exp((z − max)/τ) of the logits seen so far. A NaN doesn't enter the maximum but makes the sum
+// NaN.
 struct Running {
   float max = -MEGATRON_PD_INFINITY;
   float sum = 0.0f;
 
   // What to subtract: nothing while only −inf was seen, as −inf − −inf isn't a number.
-  __device__ __forceinline__ float shift() const { return max == -MEGATRON_PD_INFINITY ? 0.0f : max; }
+  __device__ __forceinline__ float shift() const {
+    return max == -MEGATRON_PD_INFINITY ? 0.0f : max;
+  }
 
   __device__ __forceinline__ void raise(float to, float scale) {
     if (to <= max) return;
@@ -94,12 +99,14 @@ __device__ __forceinline__ Running merge_over_block(Running own, float scale) {
   }
   __syncthreads();
   Running all;
-  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) all.merge(warp_max[warp], warp_sum[warp], scale);
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp)
+    all.merge(warp_max[warp], warp_sum[warp], scale);
   return all;
 }
 
 template <class Logit, int kThreads>
-__device__ __forceinline__ Running read_row(const typename Logit::Storage* z, int64_t count, float scale) {
+__device__ __forceinline__ Running read_row(const typename Logit::Storage* z, int64_t count,
+                                            float scale) {
   using Row = Vector<Logit>;
   constexpr int kSize = Row::kSize;
   const Split<Logit> split(z, count);
@@ -138,11 +145,12 @@ __device__ __forceinline__ Running read_row(const typename Logit::Storage* z, in
 
 // Grid [T, parts].
 template <class Logit, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) forward_kernel(ForwardArguments in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    forward_kernel(ForwardArguments in) {
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
   const float scale = kLog2E / in.temperatures.at(row);
-  const Part part(in.shard.live_columns, blockIdx.y, in.parts);
+  const Part part(in.shard.live, blockIdx.y, in.parts);
   const Running own = read_row<Logit, kThreads>(z + part.begin, part.end - part.begin, scale);
   const Running all = merge_over_block<kThreads>(own, scale);
   if (threadIdx.x == 0) {
@@ -162,20 +170,22 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(ForwardArguments in) {
     const float scale = kLog2E / in.temperatures.at(row);
     const float* partial = in.partial + 2 * row * in.parts;
     Running all;
-    for (int64_t part = 0; part < in.parts; ++part) all.merge(partial[2 * part], partial[2 * part + 1], scale);
+    for (int64_t part = 0; part < in.parts; ++part)
+      all.merge(partial[2 * part], partial[2 * part + 1], scale);
     in.max[row] = all.max;
     sums[0] = all.sum;
   }
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
     const int64_t id = in.ids.at(row, j);
-    const int64_t column = in.shard.column(id);
+    const int64_t column = in.shard.place(id);
     float picked = column < 0 ? 0.0f : Logit::widen(z[column]);
     if (id != kPaddingId && !in.shard.is_known(id)) picked = __builtin_nanf("");
     sums[1 + j] = picked;
   }
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------
 
 template <int kThreads>
 __device__ __forceinline__ float sum_over_block(float own) {
@@ -190,15 +200,18 @@ __device__ __forceinline__ float sum_over_block(float own) {
 
 // out[i] = function(z[i]) for the block's row, in vectors where both rows can be read as such.
 template <class Logit, int kThreads, class Function>
-__device__ __forceinline__ void map_row(const typename Logit::Storage* z, typename Logit::Storage* out, int64_t count,
+__device__ __forceinline__ void map_row(const typename Logit::Storage* z,
+                                        typename Logit::Storage* out, int64_t count,
                                         const Function& function) {
   using Row = Vector<Logit>;
   constexpr int kSize = Row::kSize;
-  const bool same_alignment = reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(out) % 16;
+  const bool same_alignment =
+      reinterpret_cast<uintptr_t>(z) % 16 == reinterpret_cast<uintptr_t>(out) % 16;
   Split<Logit> split(z, count);
   if (!same_alignment) split.head = count, split.vectors = 0, split.tail = count;
 
-  for (int64_t i = threadIdx.x; i < split.head; i += kThreads) out[i] = Logit::narrow(function(Logit::widen(z[i])));
+  for (int64_t i = threadIdx.x; i < split.head; i += kThreads)
+    out[i] = Logit::narrow(function(Logit::widen(z[i])));
   for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) {
     out[i] = Logit::narrow(function(Logit::widen(z[i])));
   }
@@ -212,14 +225,16 @@ __device__ __forceinline__ void map_row(const typename Logit::Storage* z, typena
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) rows[b].values[k] = Logit::narrow(function(Logit::widen(rows[b].values[k])));
+      for (int k = 0; k < kSize; ++k)
+        rows[b].values[k] = Logit::narrow(function(Logit::widen(rows[b].values[k])));
       rows[b].store(out_body + (i + b * kThreads) * kSize);
     }
   }
   for (; i < split.vectors; i += kThreads) {
     Row row = Row::load(body + i * kSize);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) row.values[k] = Logit::narrow(function(Logit::widen(row.values[k])));
+    for (int k = 0; k < kSize; ++k)
+      row.values[k] = Logit::narrow(function(Logit::widen(row.values[k])));
     row.store(out_body + i * kSize);
   }
 }
@@ -231,16 +246,19 @@ __device__ __forceinline__ void clear_row(typename Logit::Storage* out, int64_t 
   const Row zeros = {};
   for (int64_t i = threadIdx.x; i < split.head; i += kThreads) out[i] = 0;
   for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) out[i] = 0;
-  for (int64_t i = threadIdx.x; i < split.vectors; i += kThreads) zeros.store(out + split.head + i * Row::kSize);
+  for (int64_t i = threadIdx.x; i < split.vectors; i += kThreads)
+    zeros.store(out + split.head + i * Row::kSize);
 }
 
-// Sum of the gradients on `ids[j]`, and whether j is the first column that has this id. All threads go
-// through the row together and without a branch, so that loads are shared by the warp and overlap.
+// Sum of the gradients on `ids[j]`, and whether j is the first column that has this id. All threads
+// go through the row together and without a branch, so that loads are shared by the warp and
+// overlap.
 struct TotalOfId {
   float value = 0.0f;
   bool is_first = true;
 
-  __device__ __forceinline__ TotalOfId(const Ids& ids, int64_t row, int64_t j, const float* grad_logq) {
+  __device__ __forceinline__ TotalOfId(const Ids& ids, int64_t row, int64_t j,
+                                       const float* grad_logq) {
     const int64_t id = ids.at(row, j);
     for (int64_t i = 0; i < ids.count; ++i) {
       const bool same = ids.at(row, i) == id;
@@ -252,7 +270,8 @@ struct TotalOfId {
 
 // Grid [T, parts].
 template <class Logit, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_kernel(BackwardArguments in) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    backward_kernel(BackwardArguments in) {
   using Storage = typename Logit::Storage;
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const Storage*>(in.logits) + in.layout.offset(row);
@@ -271,16 +290,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_k
   // A row without gradient (a masked token) isn't even read, so that what it holds can't matter.
   const bool dense = mass != 0.0f;
   const float coefficient = dense ? mass / (sums[0] * temperature) : 0.0f;
-  const auto dense_gradient = [=](float logit) { return -coefficient * exp_scaled(logit - max, scale); };
+  const auto dense_gradient = [=](float logit) {
+    return -coefficient * exp_scaled(logit - max, scale);
+  };
 
-  const Part part(in.shard.columns, blockIdx.y, in.parts);
-  const int64_t live_end = part.end < in.shard.live_columns ? part.end : in.shard.live_columns;
+  const Part part(in.shard.size, blockIdx.y, in.parts);
+  const int64_t live_end = part.end < in.shard.live ? part.end : in.shard.live;
   const int64_t clear_from = dense && live_end > part.begin ? live_end : part.begin;
-  map_row<Logit, kThreads>(z + part.begin, out + part.begin, clear_from - part.begin, dense_gradient);
+  map_row<Logit, kThreads>(z + part.begin, out + part.begin, clear_from - part.begin,
+                           dense_gradient);
   clear_row<Logit, kThreads>(out + clear_from, part.end - clear_from);
-  __syncthreads();  // the chosen columns are written again, by other threads
+  __syncthreads();  // the chosen logits are written again, by other threads
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
-    const int64_t column = in.shard.column(in.ids.at(row, j));
+    const int64_t column = in.shard.place(in.ids.at(row, j));
     if (column < part.begin || column >= part.end) continue;
     const TotalOfId total(in.ids, row, j, grad_logq);
     if (!total.is_first) continue;

@@ -37,7 +37,7 @@ struct BackwardArguments {
 
 #ifdef MEGATRON_PD_CUDA_STREAM
 // Blocks per row that keep the current device busy.
-int64_t parts_of_a_row(LogitType type, int64_t rows, int64_t columns);
+int64_t parts_of_a_row(LogitType type, int64_t rows, int64_t shard_size);
 void launch_forward(LogitType type, const ForwardArguments& arguments, int64_t rows,
                     MEGATRON_PD_CUDA_STREAM stream);
 void launch_backward(LogitType type, const BackwardArguments& arguments, int64_t rows,

@@ -71,9 +71,9 @@ struct Vector {
 template <class Logit>
 struct Split {
   using Storage = typename Logit::Storage;
-  int64_t head;     // elements before the first vector
+  int64_t head;  // elements before the first vector
   int64_t vectors;
-  int64_t tail;     // index of the first element after the last vector
+  int64_t tail;  // index of the first element after the last vector
 
   __device__ __forceinline__ Split(const Storage* row, int64_t count) {
     const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % 16);

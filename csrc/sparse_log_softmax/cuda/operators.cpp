@@ -36,12 +36,13 @@ Temperatures temperatures_of(const at::Tensor& temperature) {
 
 // Blocks of a grid's first dimension, which is one block per row.
 void check_rows(int64_t rows) {
-  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max(), "At most ", std::numeric_limits<int32_t>::max(),
-                    " rows fit one launch; got ", rows, ".");
+  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max(), "At most ",
+                    std::numeric_limits<int32_t>::max(), " rows fit one launch; got ", rows, ".");
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& ids,
-                                           const at::Tensor& temperature, int64_t first_id, int64_t vocab_size) {
+                                           const at::Tensor& temperature, int64_t first_id,
+                                           int64_t vocab_size) {
   const LogitType type = logit_type(logits.scalar_type());
   check_logits_and_ids(logits, ids, temperature);
   const int64_t rows = ids.size(0);
@@ -54,9 +55,10 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::T
     const int64_t parts = parts_of_a_row(type, rows, logits.size(2));
     const at::Tensor partial = at::empty({rows, parts, 2}, options);
     launch_forward(type,
-                   {logits.const_data_ptr(), row_layout(logits), ids_of(ids), shard_of(logits, first_id, vocab_size),
-                    temperatures_of(temperature), parts, partial.mutable_data_ptr<float>(),
-                    max.mutable_data_ptr<float>(), sums.mutable_data_ptr<float>()},
+                   {logits.const_data_ptr(), row_layout(logits), ids_of(ids),
+                    shard_of(logits, first_id, vocab_size), temperatures_of(temperature), parts,
+                    partial.mutable_data_ptr<float>(), max.mutable_data_ptr<float>(),
+                    sums.mutable_data_ptr<float>()},
                    rows, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
@@ -65,7 +67,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::T
 
 void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const at::Tensor& ids,
                    const at::Tensor& temperature, const at::Tensor& max, const at::Tensor& sums,
-                   const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
+                   const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id,
+                   int64_t vocab_size) {
   const LogitType type = logit_type(logits.scalar_type());
   check_logits_and_ids(logits, ids, temperature);
   check_row_tensors(logits, ids, max, sums, grad_logq, grad_lse);
@@ -74,10 +77,11 @@ void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const a
   if (rows == 0) return;
   const c10::cuda::CUDAGuard guard(logits.device());
   launch_backward(type,
-                  {logits.const_data_ptr(), row_layout(logits), gradient.mutable_data_ptr(), row_layout(gradient),
-                   ids_of(ids), shard_of(logits, first_id, vocab_size), temperatures_of(temperature),
-                   parts_of_a_row(type, rows, logits.size(2)), max.const_data_ptr<float>(), sums.const_data_ptr<float>(), grad_logq.const_data_ptr<float>(),
-                   grad_lse.const_data_ptr<float>()},
+                  {logits.const_data_ptr(), row_layout(logits), gradient.mutable_data_ptr(),
+                   row_layout(gradient), ids_of(ids), shard_of(logits, first_id, vocab_size),
+                   temperatures_of(temperature), parts_of_a_row(type, rows, logits.size(2)),
+                   max.const_data_ptr<float>(), sums.const_data_ptr<float>(),
+                   grad_logq.const_data_ptr<float>(), grad_lse.const_data_ptr<float>()},
                   rows, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -86,14 +90,16 @@ at::Tensor backward(const at::Tensor& logits, const at::Tensor& ids, const at::T
                     const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
                     const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
   at::Tensor gradient = at::empty(logits.sizes(), logits.options());
-  backward_into(logits, gradient, ids, temperature, max, sums, grad_logq, grad_lse, first_id, vocab_size);
+  backward_into(logits, gradient, ids, temperature, max, sums, grad_logq, grad_lse, first_id,
+                vocab_size);
   return gradient;
 }
 
-void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature, const at::Tensor& max,
-               const at::Tensor& sums, const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id,
-               int64_t vocab_size) {
-  backward_into(logits, logits, ids, temperature, max, sums, grad_logq, grad_lse, first_id, vocab_size);
+void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature,
+               const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
+               const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
+  backward_into(logits, logits, ids, temperature, max, sums, grad_logq, grad_lse, first_id,
+                vocab_size);
 }
 
 }  // namespace
