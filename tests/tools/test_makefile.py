@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="no git here
 def folder(tmp_path: Path) -> Path:
     """A project whose environment is set up, with a python that is content with everything."""
     folder = tmp_path / "a project"
-    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("csrc", "tests", ".venv/bin"):
+        (folder / name).mkdir(parents=True)
     for name in ("Makefile", ".gitignore", "setup.py"):
         shutil.copy(ROOT / name, folder)
     for name in ("tools/set_up.sh", ".venv/bin/python"):
