@@ -16,7 +16,7 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
 template <class T>
-Span<const T> span_of(const Array<T>& array) {
+std::span<const T> span_of(const Array<T>& array) {
   return {array.data(), size_t(array.size())};
 }
 

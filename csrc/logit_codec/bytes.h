@@ -4,18 +4,17 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "span.h"
-
 namespace logit_codec {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is read in place");
 
-using Bytes = Span<const uint8_t>;
+using Bytes = std::span<const uint8_t>;
 
 // Bytes that are not what the format allows.
 struct Corrupt : std::runtime_error {
@@ -52,15 +51,16 @@ T load(Bytes bytes, uint64_t offset) {
 
 // Fills `out` from bytes at an offset.
 template <class T>
-void load_all(Bytes bytes, uint64_t offset, Span<T> out) {
+void load_all(Bytes bytes, uint64_t offset, std::span<T> out) {
   const Bytes source = part(bytes, offset, out.size_bytes());
   if (!out.empty()) std::memcpy(out.data(), source.data(), source.size());
 }
 
 template <class T>
 void store(std::vector<uint8_t>& out, T value) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(&value);
-  out.insert(out.end(), bytes, bytes + sizeof(T));
+  const size_t end = out.size();
+  out.resize(end + sizeof(T));
+  std::memcpy(out.data() + end, &value, sizeof(T));
 }
 
 // CRC-32 as in zlib, eight bytes a step.

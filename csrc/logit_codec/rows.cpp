@@ -10,7 +10,7 @@ namespace {
 constexpr float kRounding = 1e-3f;  // a teacher's own rounding may bring a probability above 1
 
 // sorted: room for the row's ids.
-void check_row(const Layout& layout, Span<const int32_t> ids, Span<const float> logprobs,
+void check_row(const Layout& layout, std::span<const int32_t> ids, std::span<const float> logprobs,
                std::vector<int32_t>& sorted) {
   uint64_t draws = 0;
   for (size_t i = 0; i < ids.size(); ++i) {

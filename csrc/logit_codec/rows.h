@@ -3,9 +3,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
-
-#include "span.h"
 
 namespace logit_codec {
 
@@ -20,9 +19,9 @@ struct Layout {
 
 // Rows without padding: counts of each row, ids and log-probabilities of each entry.
 struct Rows {
-  Span<const int32_t> counts;
-  Span<const int32_t> ids;
-  Span<const float> logprobs;
+  std::span<const int32_t> counts;
+  std::span<const int32_t> ids;
+  std::span<const float> logprobs;
 };
 
 // Where a block's rows are decoded to.

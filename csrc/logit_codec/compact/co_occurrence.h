@@ -1,10 +1,9 @@
 // Which ids come together in rows, and the classes of rows that this makes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include "span.h"
 
 namespace logit_codec {
 

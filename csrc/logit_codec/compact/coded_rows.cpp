@@ -8,7 +8,7 @@ namespace {
 
 // Entries of one value come by ordinal: their order says nothing, and sorted ordinals need fewer
 // bits.
-void sort_ties(Span<uint32_t> ordinals, const uint32_t* codes) {
+void sort_ties(std::span<uint32_t> ordinals, const uint32_t* codes) {
   for (size_t begin = 0, end; begin < ordinals.size(); begin = end) {
     for (end = begin + 1; end < ordinals.size() && codes[end] == codes[begin];) ++end;
     std::sort(ordinals.begin() + begin, ordinals.begin() + end);
@@ -17,7 +17,7 @@ void sort_ties(Span<uint32_t> ordinals, const uint32_t* codes) {
 
 // out[i]: the ordinal of ids[i], but for the order of ties.
 void order_row(const Layout& layout, const VocabularyOrder& order, const OrdinalOfId& ordinal_of_id,
-               Span<const int32_t> ids, const uint32_t* codes, Span<uint32_t> out) {
+               std::span<const int32_t> ids, const uint32_t* codes, std::span<uint32_t> out) {
   if (ids.empty()) return;
   for (size_t i = 0; i < ids.size(); ++i) out[i] = ordinal_of_id.first(uint32_t(ids[i]));
   if (layout.draws) {  // none of the most drawn is the first by itself
@@ -30,7 +30,7 @@ void order_row(const Layout& layout, const VocabularyOrder& order, const Ordinal
   sort_ties(out.subspan(1), codes + 1);
 }
 
-void id_row(const VocabularyOrder& order, Span<const uint32_t> ordinals, int32_t* ids) {
+void id_row(const VocabularyOrder& order, std::span<const uint32_t> ordinals, int32_t* ids) {
   if (ordinals.empty()) return;
   const uint32_t of_class = order.class_of(ordinals[0]);
   ids[0] = int32_t(order.first_id(ordinals[0]));
@@ -49,7 +49,7 @@ CodedRows code_rows(const Layout& layout, const Quantizer& quantizer, const Voca
   size_t entry = 0;
   for (size_t row = 0; row < rows.counts.size(); ++row) {
     const size_t count = coded.counts[row];
-    const Span<const float> logprobs = rows.logprobs.subspan(entry, count);
+    const std::span<const float> logprobs = rows.logprobs.subspan(entry, count);
     uint32_t* codes = coded.codes.data() + entry;
     if (layout.draws)
       for (size_t i = 0; i < count; ++i) codes[i] = draws_of(layout, logprobs[i]);
@@ -74,7 +74,7 @@ RowBuffers decode_rows(const Layout& layout, const Quantizer& quantizer,
   size_t entry = 0;
   for (size_t row = 0; row < coded.counts.size(); ++row) {
     const size_t count = coded.counts[row];
-    const Span<const uint32_t> codes(coded.codes.data() + entry, count);
+    const std::span<const uint32_t> codes(coded.codes.data() + entry, count);
     id_row(order, {coded.ordinals.data() + entry, count}, rows.ids.data() + entry);
     float* logprobs = rows.logprobs.data() + entry;
     if (draws)

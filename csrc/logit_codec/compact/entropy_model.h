@@ -20,7 +20,7 @@ class EntropyModel {
   EntropyModel(Bytes payload, const Layout& layout);
 
   // The payload.  id_counts: how often each id was seen so far; sample: rows to fit.
-  static std::vector<uint8_t> train(const Layout& layout, Span<const uint64_t> id_counts,
+  static std::vector<uint8_t> train(const Layout& layout, std::span<const uint64_t> id_counts,
                                     const Rows& sample,
                                     size_t entries_per_class = VocabularyOrder::kEntriesPerClass);
 

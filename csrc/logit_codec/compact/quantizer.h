@@ -17,10 +17,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "compact/buckets.h"
-#include "span.h"
 
 namespace logit_codec {
 
@@ -54,7 +54,7 @@ class Quantizer {
   }
 
   // Codes of one row of falling log-probabilities; returns its tail's.
-  uint32_t encode(Span<const float> logprobs, uint32_t* codes) const {
+  uint32_t encode(std::span<const float> logprobs, uint32_t* codes) const {
     double tail = 1;
     for (size_t i = 0; i < logprobs.size(); ++i) {
       const double root = std::exp(0.5 * double(logprobs[i]));
@@ -64,7 +64,7 @@ class Quantizer {
     return nearest(std::sqrt(std::max(tail, 0.0)));  // the teacher's own rounding may exceed 1
   }
 
-  void decode(Span<const uint32_t> codes, uint32_t tail, float* logprobs) const {
+  void decode(std::span<const uint32_t> codes, uint32_t tail, float* logprobs) const {
     uint64_t total = weight_[tail];
     for (const uint32_t code : codes) total += weight_[code];
     const double log_total = std::log(double(total));

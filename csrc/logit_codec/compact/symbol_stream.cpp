@@ -42,8 +42,8 @@ class SymbolStreamReader {
     uint32_t count = 0;
     size_t entry = 0;
     for (row_ = 0; row_ < coded.counts.size(); ++row_) {
-      const auto ordinals = Span<uint32_t>(coded.ordinals).subspan(entry);
-      const auto codes = Span<uint32_t>(coded.codes).subspan(entry);
+      const auto ordinals = std::span<uint32_t>(coded.ordinals).subspan(entry);
+      const auto codes = std::span<uint32_t>(coded.codes).subspan(entry);
       count = model_.layout().draws ? sampled_row(ordinals, codes)
                                     : top_row(count, ordinals, codes, coded.tails[row_]);
       coded.counts[row_] = count;
@@ -106,7 +106,7 @@ class SymbolStreamReader {
              room, " of those that the header says, and a row has ", kMaxEntriesOfARow, " at most");
   }
 
-  uint32_t top_row(uint32_t count_before, Span<uint32_t> ordinals, Span<uint32_t> codes,
+  uint32_t top_row(uint32_t count_before, std::span<uint32_t> ordinals, std::span<uint32_t> codes,
                    uint32_t& tail) {
     const Quantizer& quantizer = model_.quantizer();
     const uint32_t count = value(model_.model_of(count_context(count_before)));
@@ -142,7 +142,7 @@ class SymbolStreamReader {
     return count;
   }
 
-  uint32_t sampled_row(Span<uint32_t> ordinals, Span<uint32_t> times) {
+  uint32_t sampled_row(std::span<uint32_t> ordinals, std::span<uint32_t> times) {
     uint32_t left = model_.layout().draws, most = left, count = 0;
     for (; left; ++count) {
       const uint32_t i = count;

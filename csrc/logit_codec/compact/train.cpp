@@ -39,7 +39,7 @@ void put_model(BitWriter& out, const ContextModel& model) {
 
 }  // namespace
 
-std::vector<uint8_t> EntropyModel::train(const Layout& layout, Span<const uint64_t> id_counts,
+std::vector<uint8_t> EntropyModel::train(const Layout& layout, std::span<const uint64_t> id_counts,
                                          const Rows& sample, size_t entries_per_class) {
   const VocabularyOrder order = VocabularyOrder::train(id_counts, sample, entries_per_class);
   const Quantizer& quantizer = Quantizer::of(layout.value_bits);

@@ -23,7 +23,7 @@ void for_each_bucket(uint32_t ordinals, Visit&& visit) {
 
 // The first `listed` of `numbers` by falling count, those of a bucket by number.
 template <class Count>
-std::vector<uint32_t> by_count(Span<const Count> counts, uint32_t listed) {
+std::vector<uint32_t> by_count(std::span<const Count> counts, uint32_t listed) {
   std::vector<uint32_t> numbers(counts.size());
   std::iota(numbers.begin(), numbers.end(), 0u);
   std::stable_sort(numbers.begin(), numbers.end(),
@@ -76,7 +76,7 @@ std::vector<bool> get_list(BitReader& in, uint32_t* list, uint32_t listed, uint3
   return taken;
 }
 
-std::vector<uint32_t> inverse(Span<const uint32_t> list) {
+std::vector<uint32_t> inverse(std::span<const uint32_t> list) {
   std::vector<uint32_t> indices(list.size());
   for (uint32_t index = 0; index < list.size(); ++index) indices[list[index]] = index;
   return indices;
@@ -84,13 +84,13 @@ std::vector<uint32_t> inverse(Span<const uint32_t> list) {
 
 // The ordinals below `common` that came in rows with others, by the ordinal of the rows' first ids;
 // all rare first ids are taken for one.
-CoOccurrences co_occurrences_of(Span<const uint32_t> ordinal_of_id, const Rows& rows,
+CoOccurrences co_occurrences_of(std::span<const uint32_t> ordinal_of_id, const Rows& rows,
                                 uint32_t common) {
   CoOccurrences pairs{std::vector<uint32_t>(common + 2), {}, common};
   const auto for_each_pair = [&](auto&& visit) {
     size_t entry = 0;
     for (const int32_t count : rows.counts) {
-      const Span<const int32_t> ids = rows.ids.subspan(entry, size_t(count));
+      const std::span<const int32_t> ids = rows.ids.subspan(entry, size_t(count));
       entry += ids.size();
       for (size_t i = 1; i < ids.size(); ++i) {
         const uint32_t other = ordinal_of_id[size_t(ids[i])];
@@ -108,7 +108,7 @@ CoOccurrences co_occurrences_of(Span<const uint32_t> ordinal_of_id, const Rows& 
 
 }  // namespace
 
-VocabularyOrder VocabularyOrder::train(Span<const uint64_t> id_counts, const Rows& sample,
+VocabularyOrder VocabularyOrder::train(std::span<const uint64_t> id_counts, const Rows& sample,
                                        size_t entries_per_class) {
   VocabularyOrder order;
   order.seen_ = uint32_t(id_counts.size() - std::count(id_counts.begin(), id_counts.end(), 0u));
@@ -118,14 +118,14 @@ VocabularyOrder VocabularyOrder::train(Span<const uint64_t> id_counts, const Row
   return order;
 }
 
-void VocabularyOrder::make_classes(Span<const uint32_t> ordinal_of_id, const Rows& sample,
+void VocabularyOrder::make_classes(std::span<const uint32_t> ordinal_of_id, const Rows& sample,
                                    uint32_t classes) {
   classes_ = classes;
   common_ = std::min(seen_, kMaxCommon);
   const Classes found = find_classes(co_occurrences_of(ordinal_of_id, sample, common_), classes_);
   class_of_ = found.of_first;
   for (uint32_t c = 0; c < classes_; ++c) {
-    const Span<const uint32_t> counts(found.counts.data() + size_t(c) * common_, common_);
+    const std::span<const uint32_t> counts(found.counts.data() + size_t(c) * common_, common_);
     for (const uint32_t ordinal : by_count(counts, common_)) class_ids_.push_back(ids_[ordinal]);
   }
 }

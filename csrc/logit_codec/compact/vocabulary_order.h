@@ -21,7 +21,7 @@ class VocabularyOrder {
   static constexpr size_t kEntriesPerClass = 1 << 16;
 
   // id_counts: how often each id was seen so far; sample: rows to find classes in.
-  static VocabularyOrder train(Span<const uint64_t> id_counts, const Rows& sample,
+  static VocabularyOrder train(std::span<const uint64_t> id_counts, const Rows& sample,
                                size_t entries_per_class = kEntriesPerClass);
 
   // Throws Corrupt unless every id has one ordinal, in every class.
@@ -44,7 +44,7 @@ class VocabularyOrder {
  private:
   friend class OrdinalOfId;
   VocabularyOrder() = default;
-  void make_classes(Span<const uint32_t> ordinal_of_id, const Rows& sample, uint32_t classes);
+  void make_classes(std::span<const uint32_t> ordinal_of_id, const Rows& sample, uint32_t classes);
 
   uint32_t seen_ = 0;
   std::vector<uint32_t> ids_;         // by ordinal

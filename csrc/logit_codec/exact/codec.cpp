@@ -18,7 +18,7 @@ RowBuffers decode_exact(const Layout& layout, Bytes stream, size_t rows, size_t 
            " entries in all take ", 4 * rows + 7 * entries);
   RowBuffers out{std::vector<int32_t>(rows), std::vector<int32_t>(entries),
                  std::vector<float>(entries)};
-  load_all(stream, 0, Span<int32_t>(out.counts));
+  load_all(stream, 0, std::span<int32_t>(out.counts));
   uint64_t counted = 0;
   for (size_t row = 0; row < rows; ++row) {
     if (out.counts[row] < 0) refuse("row ", row, " has ", out.counts[row], " entries");
@@ -32,7 +32,7 @@ RowBuffers decode_exact(const Layout& layout, Bytes stream, size_t rows, size_t 
       refuse("id ", id, " is not in the vocabulary of ", layout.vocab_size);
     in += 3;
   }
-  load_all(stream, 4 * rows + 3 * entries, Span<float>(out.logprobs));
+  load_all(stream, 4 * rows + 3 * entries, std::span<float>(out.logprobs));
   return out;
 }
 
