@@ -1,5 +1,6 @@
 """A sentencepiece model trained on the documents of a corpus."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def train_tokenizer(
     Raises:
         UserError: input that cannot be read, too little text for the vocabulary, or an output that
             is not a `.model` file or is an input.
+        OSError: of writing; `filename` is the file.
     """
     output = Path(model_path)
     vocabulary = output.with_suffix(".vocab")
@@ -49,7 +51,7 @@ def train_tokenizer(
                 f"--output {model_path} would replace {path}, an input: choose another name."
             )
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".unfinished")
+    model = io.BytesIO()
     failures: list[BaseException] = []  # of reading, which sentencepiece makes RuntimeErrors of
 
     def lines() -> Iterator[str]:
@@ -62,7 +64,7 @@ def train_tokenizer(
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines(),
-            model_prefix=str(unfinished),
+            model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -75,8 +77,6 @@ def train_tokenizer(
             num_threads=os.cpu_count() or 1,
             minloglevel=2,
         )
-        os.replace(f"{unfinished}.vocab", vocabulary)
-        os.replace(f"{unfinished}.model", output)
     except RuntimeError as error:
         if failures:
             raise failures[0] from None
@@ -84,9 +84,25 @@ def train_tokenizer(
             f"sentencepiece could not learn {vocab_size} pieces from {', '.join(paths)} ({error}): "
             "give more text or a smaller --vocab-size (byte fallback alone takes 263)."
         ) from error
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    lines_of_vocabulary = (
+        f"{pieces.id_to_piece(number)}\t{pieces.get_score(number):g}\n"
+        for number in range(len(pieces))
+    )
+    _write(vocabulary, "".join(lines_of_vocabulary).encode())
+    _write(output, model.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes the file as a whole or not at all. Raises OSError with its name."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(unfinished)) from error
     finally:
-        for suffix in (".model", ".vocab"):
-            Path(f"{unfinished}{suffix}").unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _lines(

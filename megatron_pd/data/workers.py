@@ -33,6 +33,7 @@ def ordered_map[Item, Result](
     Raises:
         ChildProcessError: a worker ended, for example killed as memory ran out; `filename` is its
             item, as a string.
+        OSError: ENOMEM, likewise, where a worker could tell.
         Exception: what `function` raised, in its item's turn.
     """
     pool: list[_Worker] = []
@@ -136,6 +137,10 @@ def _serve(
             return
         try:
             answer = (True, function(item))
+        except MemoryError:
+            again = "start again, with fewer workers"
+            reason = f"no memory was left for the worker that had this: {again}"
+            answer = (False, OSError(errno.ENOMEM, reason, str(item)))
         except Exception as error:
             error.add_note(f"In a worker:\n{traceback.format_exc()}")
             answer = (False, error)

@@ -530,6 +530,38 @@ def test_tokenizer_learns_the_same_from_every_format(tmp_path, texts):
     assert len(models) == 1
 
 
+def test_vocabulary_file_is_as_sentencepiece_writes_it(tmp_path):
+    lines = ["".join(random.choices("abc äß日", k=50)) for _ in range(200)]
+    train_tokenizer([write_jsonl(tmp_path / "a.jsonl", lines)], str(tmp_path / "t.model"), 290)
+    found = (tmp_path / "t.vocab").read_text(encoding="utf-8").split("\n")
+    with pytest.MonkeyPatch.context() as patch:
+        train = sentencepiece.SentencePieceTrainer.train
+
+        def to_files(model_writer, **options):
+            train(model_prefix=str(tmp_path / "theirs"), **options)
+            model_writer.write((tmp_path / "theirs.model").read_bytes())
+
+        patch.setattr(sentencepiece.SentencePieceTrainer, "train", to_files)
+        train_tokenizer([str(tmp_path / "a.jsonl")], str(tmp_path / "t.model"), 290)
+    assert (tmp_path / "theirs.vocab").read_text(encoding="utf-8").split("\n") == found
+    assert len(found) == 290 + 2  # "\n" is a piece, and the end of the last line
+
+
+def test_a_full_disk_leaves_the_earlier_tokenizer(tmp_path, texts):
+    path, model = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "t.model"
+    train_tokenizer([path], str(model), 300)
+    before = model.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*t\.(vocab|model)\.unfinished"):
+            train_tokenizer([path], str(model), 330)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert model.read_bytes() == before
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
 def test_tokenizer_training_says_what_it_cannot_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{broken\n')

@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import signal
@@ -87,6 +88,15 @@ def test_a_killed_worker_is_an_error(workers, kill):
     with pytest.raises(ChildProcessError, match=f"was killed by {kill.name}") as error:
         list(ordered_map(work, range(100), workers))
     assert error.value.filename == "7"
+
+
+def test_a_worker_without_memory_is_an_error():
+    def work(number):
+        return bytes(1 << 62)
+
+    with pytest.raises(OSError, match="no memory was left for the worker") as error:
+        list(ordered_map(work, [7], 2))
+    assert (error.value.errno, error.value.filename) == (errno.ENOMEM, "7")
 
 
 def test_a_worker_that_ends_is_an_error():
