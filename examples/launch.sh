@@ -5,8 +5,10 @@
 #   MASTER_PORT  (6000)                   DRY_RUN=1      print the command instead of running it
 #
 # The same variables serve by hand on each machine and under Slurm (see pretrain_gpt_pd.sbatch).
+# SIGTERM goes to the training processes themselves: torchrun would kill them 30 s after it, and a
+# checkpoint may take longer.
 launch() {
-    export CUDA_DEVICE_MAX_CONNECTIONS=1
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-1}"
     local command=(
         torchrun
         --nnodes "${NODES:-1}" --nproc-per-node "${GPUS_PER_NODE:-8}"
@@ -16,7 +18,15 @@ launch() {
     )
     if [[ "${DRY_RUN:-0}" == 1 ]]; then
         printf '%q ' "${command[@]}"; echo
-    else
-        exec "${command[@]}"
+        return
     fi
+    set -m  # a background command would ignore Ctrl-C otherwise
+    "${command[@]}" &
+    local torchrun=$!
+    trap 'pkill -TERM -P "$torchrun" || kill -TERM "$torchrun"' TERM
+    trap 'kill -INT "$torchrun"' INT
+    while kill -0 "$torchrun" 2>/dev/null; do
+        wait "$torchrun" || true  # a trap ends it early
+    done
+    wait "$torchrun"
 }

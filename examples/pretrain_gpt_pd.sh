@@ -5,8 +5,8 @@
 #       examples/pretrain_gpt_pd.sh [more Megatron or --pd-* flags]
 #
 # DATA is the prefix of a Megatron .bin/.idx corpus with its logit store DATA.pd beside it
-# (examples/dump_teacher.sh makes it). Several machines: see launch.sh. Run again after a stop, it
-# goes on from the last checkpoint.
+# (examples/dump_teacher.sh makes it). Several machines: see launch.sh. On SIGTERM it saves a
+# checkpoint and ends; run again, after any stop, it goes on from the last checkpoint.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/launch.sh"
@@ -22,6 +22,9 @@ TRAINING_ARGS=(
     --lr 6e-4 --min-lr 6e-5
     --lr-decay-style WSD --lr-wsd-decay-style cosine
     --lr-warmup-fraction 0.1 --lr-wsd-decay-iters "$((TRAIN_ITERS / 100))"
+    # One mean over the batch's tokens; else each micro-batch's mean counts alike, however many of
+    # its tokens have a loss.
+    --calculate-per-token-loss
     --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
     --attention-dropout 0 --hidden-dropout 0
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
@@ -45,6 +48,8 @@ OUTPUT_ARGS=(
     --save "${SAVE:?folder for checkpoints}" --load "$SAVE" --save-interval 500
     # Whatever TP, PP and DP the next run has, it can go on from such a checkpoint.
     --dist-ckpt-optim-fully-reshardable
+    # SIGTERM: save a checkpoint after this iteration, then end.
+    --exit-signal-handler
     --tensorboard-dir "$SAVE/tensorboard" --log-interval 10
     --eval-interval 500 --eval-iters 10
 )

@@ -3,7 +3,9 @@
 Megatron says "cuda" throughout. `install()` makes every such word mean the CPU, once, before
 Megatron is imported; with a GPU it changes nothing. Three layers, each as thin as it can be:
 
-1. `_CudaMeansCpu`, a `TorchFunctionMode`: tensors asked for on a CUDA device are made on the CPU.
+1. `_CudaMeansCpu`, a `TorchFunctionMode`: tensors asked for on a CUDA device are made on the CPU,
+   and what a GPU would draw at random comes from `_GENERATOR`, so that the CPU's own generator,
+   which weights and data orders come from, is left alone.
 2. `_CUDA_FUNCTIONS`: what `torch.cuda` is asked about (devices, streams, memory, random numbers).
 3. `set_cpu_defaults`: the Megatron flags whose defaults need a GPU get defaults that need none, so
    that one command line serves both; a flag given by the user always wins.
@@ -12,14 +14,16 @@ Written against torch 2.11.0 and megatron-core 0.19.2.
 """
 
 import argparse
+import collections
 import contextlib
-import logging
+import multiprocessing
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from megatron_pd.errors import UserError
@@ -67,7 +71,9 @@ def install() -> Literal["cpu", "cuda"]:
     torch.accelerator.is_available = _always(False)
     torch.accelerator.current_device_index = _always(0)
     _drop_device_id_of_init_process_group()
-    _silence_rng_warning()
+    # The processes that write checkpoints beside training start anew, from a server that imports
+    # these; whether they come here through the main module depends on how that was started.
+    multiprocessing.set_forkserver_preload(["__main__", f"{__package__}.cpu_child"])
     _mode = _CudaMeansCpu()
     _mode.__enter__()
     return "cpu"
@@ -117,7 +123,8 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+        on_cuda = "device" in kwargs and _is_cuda(kwargs["device"])
+        if on_cuda:
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
@@ -126,7 +133,30 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers sort parameters by "torch.cuda.FloatTensor" and the like.
             return func(*args).replace("torch.", "torch.cuda.")
+        if func in _DROPOUT or (on_cuda and func in _RANDOM_FACTORIES):
+            with _drawing_from_generator():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+_GENERATOR = torch.Generator()
+"""The generator of "cuda". Nothing but what a GPU draws at random moves it: tensors of random
+numbers that are asked for there, and dropout, which only training steps have."""
+
+_RANDOM_FACTORIES = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
+_DROPOUT = {F.dropout, F.alpha_dropout, F.scaled_dot_product_attention, torch.dropout}
+
+
+@contextlib.contextmanager
+def _drawing_from_generator() -> Iterator[None]:
+    """What draws from the CPU's generator draws from "cuda"'s."""
+    own = torch.get_rng_state()
+    torch.set_rng_state(_GENERATOR.get_state())
+    try:
+        yield
+    finally:
+        _GENERATOR.set_state(torch.get_rng_state())
+        torch.set_rng_state(own)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -197,6 +227,11 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "default_stream": lambda *args: _Stream(),
     "stream": lambda stream: contextlib.nullcontext(),
     "is_current_stream_capturing": _always(False),
+    # There is nothing to measure: `--log-straggler` asks for these.
+    "temperature": _always(0),
+    "power_draw": _always(0),
+    "utilization": _always(0),
+    "clock_rate": _always(0),
     # The caching allocator has nothing cached.
     "empty_cache": _always(None),
     "memory_allocated": _always(0),
@@ -204,14 +239,13 @@ _CUDA_FUNCTIONS: dict[str, Any] = {
     "memory_reserved": _always(0),
     "max_memory_reserved": _always(0),
     "reset_peak_memory_stats": _always(None),
-    "memory_stats": _always({}),
-    # One generator serves both the "CPU" and the "CUDA" random numbers: dropout and initialisation
-    # draw from torch's default CPU generator, so that is what the RNG tracker must save and set.
-    "default_generators": (torch.default_generator,),
-    "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-    "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
-    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
-    "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+    "memory_stats": lambda *args: collections.defaultdict(int),
+    "device_memory_used": _always(0),
+    "default_generators": (_GENERATOR,),
+    "manual_seed": lambda seed: _GENERATOR.manual_seed(seed),
+    "manual_seed_all": lambda seed: _GENERATOR.manual_seed(seed),
+    "get_rng_state": lambda *args, **kwargs: _GENERATOR.get_state(),
+    "set_rng_state": lambda state, device="cuda": _GENERATOR.set_state(state),
     "_lazy_init": _always(None),
     "_lazy_call": lambda call, **kwargs: call(),
     # The legacy tensor constructors that Megatron's fp32 <-> fp16 conversions compare against.
@@ -246,10 +280,3 @@ def _drop_device_id_of_init_process_group() -> None:
         return original(*args, **kwargs)
 
     torch.distributed.init_process_group = init_process_group
-
-
-def _silence_rng_warning() -> None:
-    """Megatron warns when CPU random numbers are drawn in a CUDA RNG context: here they must be."""
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )

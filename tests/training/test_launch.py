@@ -51,30 +51,43 @@ def test_megatron_accepts_the_recipe_on_64_gpus(model: str, bare_world: World) -
     assert json.loads(log.splitlines()[-1]) == {"data_parallel_size": DATA_PARALLEL[model]}
 
 
-def test_two_machines_find_each_other_and_train(world: World) -> None:
-    save = world.folder / "launched"
+def machine_environment(world: World, save: Path, **settings: str) -> dict[str, str]:
+    """What the script is told on one machine."""
+    return {
+        **environment(),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MODEL": "330m",
+        "DATA": str(world.corpus),
+        "SPLIT": "100,0,0",
+        "TOKENIZER_TYPE": "SentencePieceTokenizer",
+        "TOKENIZER": str(world.tokenizer),
+        "SAVE": str(save),
+        "MASTER_ADDR": "127.0.0.1",
+        **settings,
+    }
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_two_machines_find_each_other_and_train(world: World) -> None:
+    save = world.folder / "launched"
+    port = free_port()
     machines = [
         subprocess.Popen(
             ["bash", str(SCRIPT), *SMALL],
-            env={
-                **environment(),
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "MODEL": "330m",
-                "DATA": str(world.corpus),
-                "SPLIT": "100,0,0",
-                "TOKENIZER_TYPE": "SentencePieceTokenizer",
-                "TOKENIZER": str(world.tokenizer),
-                "SAVE": str(save),
-                "TRAIN_ITERS": "4",
-                "NODES": "2",
-                "NODE_RANK": str(rank),
-                "GPUS_PER_NODE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
+            env=machine_environment(
+                world,
+                save,
+                TRAIN_ITERS="4",
+                NODES="2",
+                NODE_RANK=str(rank),
+                GPUS_PER_NODE="1",
+                MASTER_PORT=str(port),
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -106,3 +119,28 @@ def test_without_torchrun_one_process_trains_as_under_it(world: World) -> None:
     alone, launched = curves(events), world.curves_of(flags)
     for tag in ("lm loss", "kd loss", "grad-norm"):
         np.testing.assert_array_equal(alone[tag], launched[tag])
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_well(world: World) -> None:
+    """Training gets the signal, not torchrun, which would kill it after 30 seconds."""
+    save = world.folder / "terminated"
+    machine = subprocess.Popen(
+        ["bash", str(SCRIPT), *SMALL, "--exit-duration-in-mins", "3"],
+        env=machine_environment(
+            world, save, TRAIN_ITERS="2000", GPUS_PER_NODE="2", MASTER_PORT=str(free_port())
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert machine.stdout is not None
+    log = ""
+    for line in machine.stdout:
+        log += line
+        if " iteration        3/" in line:
+            machine.terminate()
+    assert machine.wait() == 0, log[-4000:]
+    assert "exiting program after receiving SIGTERM" in log
+    assert "closing signal" not in log  # what torchrun says when it ends its processes
+    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= saved < 2000 and (save / f"iter_{saved:07d}" / "metadata.json").exists()

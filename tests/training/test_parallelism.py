@@ -1,10 +1,12 @@
 """One PD run, the same curves in every parallel layout, and after a stop and a resumption."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from jobs import LAYOUTS, PD_STAR, World, curves
+from jobs import LAYOUTS, PD_STAR, World, curves, write_corpus
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 CURVES = ("lm loss", "kd loss", "alpha", "grad-norm")
 
@@ -131,3 +133,32 @@ def test_alpha_goes_by_the_learning_rate_that_a_checkpoint_has(world: World) -> 
     decay = argv.index("--lr-wsd-decay-iters")
     outcome = world.runner.run("megatron_pd.pretrain", argv[:decay] + argv[decay + 2 :])
     assert outcome.statuses == [2] and "give --lr-wsd-decay-iters" in outcome.log
+
+
+@pytest.fixture(scope="module")
+def uneven(world: World, teacher: Path) -> World:
+    """A corpus, dumped, a third of which is end-of-document tokens: whole samples without loss."""
+    documents = IndexedDataset(str(world.corpus))
+    lengths = documents.sequence_lengths
+    end = documents[0][-1]
+    corpus = world.folder / "uneven"
+    ends = [np.full(200, end) for _ in range(int(lengths.sum()) // 400)]
+    write_corpus(corpus, [documents[index] for index in range(len(documents))] + ends)
+    uneven = replace(world, corpus=corpus)
+    uneven.dump(teacher)
+    return uneven
+
+
+def test_one_mean_over_all_tokens(uneven: World) -> None:
+    """Micro-batches of one sample each, with masks of very unequal size, against one of all."""
+    flags = [*uneven.from_student(), *PD_STAR, "--eod-mask-loss", "--train-iters", 3]
+    flags += ["--lr-wsd-decay-iters", 1, "--lr-warmup-iters", 1]
+    dense = uneven.train(*flags, "--micro-batch-size", 8)
+    ones = [*flags, "--micro-batch-size", 1]
+    for ranks in (1, 2):
+        found = uneven.train(*ones, "--calculate-per-token-loss", ranks=ranks)
+        for tag in CURVES:
+            np.testing.assert_allclose(found[tag], dense[tag], rtol=1e-4, atol=1e-5, err_msg=tag)
+    # Megatron's default weighs the tokens of a sample with few of them more.
+    default = uneven.train(*ones)
+    assert (abs(default["grad-norm"] / dense["grad-norm"] - 1) > 0.02).all()
