@@ -23,6 +23,7 @@ LAYERS = (
     "ops",
     "options",
     "registry",
+    "workers",
     "errors",
 )
 KNOW_MEGATRON = {"megatron", "data", "teacher", "train"}

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
 from megatron_pd.errors import UserError
+from megatron_pd.workers import stops_wait
 
 __all__ = ["CorpusWriter"]
 
@@ -101,7 +101,7 @@ class CorpusWriter:
         )
         for file in (self._bin, self._idx):
             file.sync()
-        with _unstopped():
+        with stops_wait():
             # First the index that was here: of no moment is there one beside another's tokens.
             Path(get_idx_path(self._prefix)).unlink(missing_ok=True)
             self._bin.rename(get_bin_path(self._prefix))
@@ -176,12 +176,3 @@ def _open_locked(path: str) -> int:
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
                 return descriptor
         os.close(descriptor)  # its last writer published or removed it before our lock
-
-
-@contextlib.contextmanager
-def _unstopped() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from megatron_pd.data.corpus_writer import CorpusWriter
 from megatron_pd.data.documents import Block, blocks, open_sources
 from megatron_pd.data.tokenizer import batch_encoder, largest_id, open_tokenizer
-from megatron_pd.data.workers import ordered_map
 from megatron_pd.errors import UserError
+from megatron_pd.workers import ordered_map
 
 __all__ = ["CorpusSummary", "preprocess"]
 

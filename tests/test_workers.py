@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_pd.data.workers import ordered_map
+from megatron_pd.workers import ordered_map
 
 
 def children():
