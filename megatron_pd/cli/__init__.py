@@ -6,13 +6,10 @@ from `sys.argv`; they offer `HELP` and `main()`, as `convert` does for `convert 
 """
 
 import argparse
-import contextlib
 import importlib
-import signal
 import sys
-from collections.abc import Iterator
 
-from megatron_pd.errors import reporting_errors
+from megatron_pd.errors import reporting_errors, stop_on_sigterm
 
 __all__ = ["main"]
 
@@ -32,7 +29,8 @@ _MEGATRON_COMMANDS = ("dump", "evaluate")
 
 def main() -> int:
     """Entry point of the `megatron-pd` script. Returns the process's exit status."""
-    with reporting_errors():
+    with reporting_errors(unexpected=True):
+        stop_on_sigterm()
         return _main()
 
 
@@ -43,8 +41,7 @@ def _main() -> int:
         return _module(command).main()
     if sys.argv[1:3] == ["convert", "from-megatron"]:
         sys.argv = [" ".join(sys.argv[:3]), *sys.argv[3:]]
-        with _reporting_stores():
-            return _module("convert").main()
+        return _module("convert").main()
     parser = argparse.ArgumentParser(
         prog="megatron-pd", description="Pre-training distillation for Megatron."
     )
@@ -57,25 +54,7 @@ def _main() -> int:
     for name in _MEGATRON_COMMANDS:
         subparsers.add_parser(name, help=_module(name).HELP)
     args = parser.parse_args()
-    # Batch systems stop a job by SIGTERM: like Ctrl-C, it leaves what was done in a sound state.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _reporting_stores():
-        return args.run(args)
-
-
-@contextlib.contextmanager
-def _reporting_stores() -> Iterator[None]:
-    """A store that is missing or damaged is one sentence and exit status 1: not a wrong call."""
-    from megatron_pd.store import StoreError
-
-    try:
-        yield
-    except StoreError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except OSError as error:
-        print(f"error: {error.filename or 'I/O'}: {error.strerror or error}.", file=sys.stderr)
-        sys.exit(1)
+    return args.run(args)
 
 
 def _module(command: str):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from megatron_pd.errors import if_stopped
+
 if TYPE_CHECKING:
     from megatron_pd.store import LogitStore
 
@@ -40,7 +42,7 @@ def progress_bar(
     from tqdm import tqdm
 
     with (
-        _saying_how_to_go_on() if resumable else contextlib.nullcontext(),
+        if_stopped("the same command goes on from here") if resumable else contextlib.nullcontext(),
         tqdm(total=total, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()) as bar,
     ):
 
@@ -48,15 +50,6 @@ def progress_bar(
             bar.update(units)
 
         yield advance
-
-
-@contextlib.contextmanager
-def _saying_how_to_go_on() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here.", file=sys.stderr)
-        raise
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

@@ -58,9 +58,6 @@ def _from_parquet(args: argparse.Namespace) -> int:
 
     corpus = None
     if args.corpus is not None:
-        from megatron_pd.megatron import cpu
-
-        cpu.install()
         from megatron_pd.data.corpus import MegatronCorpus
 
         corpus = MegatronCorpus(args.corpus)

@@ -62,9 +62,6 @@ def _corpus(args: argparse.Namespace) -> Any:
         prefix = os.path.normpath(args.store).removesuffix(".pd")
         if not os.path.isfile(f"{prefix}.bin"):
             return None
-    from megatron_pd.megatron import cpu
-
-    cpu.install()
     from megatron_pd.data.corpus import MegatronCorpus
 
     return MegatronCorpus(prefix)

@@ -1,33 +1,25 @@
 """Writes Megatron's `.bin/.idx` in pieces of many documents, in memory that doesn't grow with them.
 
-The index (megatron/core/datasets/indexed_dataset.py of megatron-core 0.19.2), little-endian:
-
-    magic "MMIDIDX\\0\\0" · uint64 version 1 · uint8 code of the tokens' dtype
-    uint64 sequences S · uint64 S + 1 · int32 lengths [S] in tokens · int64 positions [S] in bytes
-    int64 first sequence of every document, and S
-
-where here each document is one sequence. Megatron's own IndexedDatasetBuilder holds some 100 bytes
-a document until the end.
+Each document is one sequence of the index (index.py). Megatron's own IndexedDatasetBuilder holds
+some 100 bytes a document until the end.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
+from megatron_pd.data.index import HEADER, bin_path, idx_path, pack_header
 from megatron_pd.errors import UserError
 from megatron_pd.workers import stops_wait
 
 __all__ = ["CorpusWriter"]
 
-_HEADER = struct.Struct("<9sQBQQ")
 _PIECE = 1 << 20  # documents
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -48,14 +40,13 @@ class CorpusWriter:
     def __init__(self, prefix: str, dtype: type[np.number]) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._code = DType.code_from_dtype(dtype)
         self.documents = self.tokens = 0
         self._published = False
         unfinished = f"{prefix}.unfinished"
-        self._bin = _File(get_bin_path(unfinished))
+        self._bin = _File(bin_path(unfinished))
         try:
-            self._idx = _File(get_idx_path(unfinished))
-            self._idx.write(bytes(_HEADER.size))
+            self._idx = _File(idx_path(unfinished))
+            self._idx.write(bytes(HEADER.size))
         except BaseException:
             self._bin.remove()
             raise
@@ -63,7 +54,15 @@ class CorpusWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: object = None, error: BaseException | None = None, trace: object = None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(
+                "the corpus is complete"
+                if self._published
+                else "no corpus was written, an earlier one stays"
+            )
         for file in (self._bin, self._idx):
             file.close() if self._published else file.remove()
 
@@ -88,7 +87,7 @@ class CorpusWriter:
         position = 0
         for start in range(0, self.documents, _PIECE):
             count = min(_PIECE, self.documents - start)
-            lengths = np.frombuffer(self._idx.read(_HEADER.size + 4 * start, 4 * count), np.int32)
+            lengths = np.frombuffer(self._idx.read(HEADER.size + 4 * start, 4 * count), np.int32)
             sizes = lengths.astype(np.int64) * self._dtype.itemsize
             ends = position + np.cumsum(sizes)
             self._idx.write((ends - sizes).data)
@@ -96,16 +95,14 @@ class CorpusWriter:
         for start in range(0, self.documents + 1, _PIECE):
             stop = min(start + _PIECE, self.documents + 1)
             self._idx.write(np.arange(start, stop, dtype=np.int64).data)
-        self._idx.write_at(
-            0, _HEADER.pack(b"MMIDIDX\0\0", 1, self._code, self.documents, self.documents + 1)
-        )
+        self._idx.write_at(0, pack_header(self._dtype, self.documents))
         for file in (self._bin, self._idx):
             file.sync()
         with stops_wait():
             # First the index that was here: of no moment is there one beside another's tokens.
-            Path(get_idx_path(self._prefix)).unlink(missing_ok=True)
-            self._bin.rename(get_bin_path(self._prefix))
-            self._idx.rename(get_idx_path(self._prefix))
+            Path(idx_path(self._prefix)).unlink(missing_ok=True)
+            self._bin.rename(bin_path(self._prefix))
+            self._idx.rename(idx_path(self._prefix))
             self._published = True
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import DType
 from tqdm import tqdm
 
 from megatron_pd.data.corpus_writer import CorpusWriter
 from megatron_pd.data.documents import Block, blocks, open_sources
+from megatron_pd.data.index import bin_path, idx_path
 from megatron_pd.data.tokenizer import batch_encoder, largest_id, open_tokenizer
 from megatron_pd.errors import UserError
 from megatron_pd.workers import ordered_map
@@ -113,7 +114,7 @@ def preprocess(
 def _check_output(prefix: str, inputs: Sequence[str]) -> None:
     if not os.path.basename(prefix):
         raise UserError(f"--output-prefix {prefix} is a folder: add the name of the corpus.")
-    for output in (get_bin_path(prefix), get_idx_path(prefix)):
+    for output in (bin_path(prefix), idx_path(prefix)):
         if os.path.isdir(output):
             raise UserError(f"--output-prefix {prefix}: {output} is a folder; choose another name.")
         for path in inputs:

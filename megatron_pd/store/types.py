@@ -19,6 +19,8 @@ STATISTICS = ("label_logprob", "entropy", "std")
 class StoreError(UserError):
     """A logit store, or a request to one, is wrong; the message says where, how and the fix."""
 
+    exit_status = 1
+
 
 class ShardInUseError(StoreError):
     """Another process writes this shard at the moment."""

@@ -6,7 +6,6 @@ megatron-pd dump --load CHECKPOINT --data-path PREFIX [--dump-* flags, Megatron 
 import argparse
 import functools
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron.training.checkpointing import get_checkpoint_name
 from megatron_pd.data.corpus import MegatronCorpus, store_path_of, training_prefixes
 from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.data.windows import Batch
-from megatron_pd.errors import UserError
+from megatron_pd.errors import UserError, if_stopped
 from megatron_pd.options import add_options, given_options
 from megatron_pd.store import TeacherRows
 from megatron_pd.teacher.capture import capture_rows, rows_of_windows, uniforms_of
@@ -38,13 +37,13 @@ __all__ = ["MegatronTeacher", "main"]
 
 def main() -> int:
     """Entry point: dump every corpus of `--data-path`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     model = load_model(_add_dump_arguments, check=_check)
     teacher = MegatronTeacher(model)
     config = _config_of(model.args, model.args.seq_length)
     for prefix in training_prefixes(model.args):
         path = model.args.dump_store or store_path_of(prefix)
-        dump(teacher, MegatronCorpus(prefix), path, config)
+        with if_stopped("the same command goes on after the rows that were written"):
+            dump(teacher, MegatronCorpus(prefix), path, config)
     return 0  # without a word to the other replicas, which may go on for hours
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from random_rows import random_rows
 
 from megatron_pd.cli import main
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store.admin.journal import Journal
 from megatron_pd.store.admin.verify import verify_store
 from megatron_pd.store.shard import Shard
 
@@ -156,23 +160,26 @@ def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify_store(large, journal=journal, progress=stop_half_way)
+        verify_store(large, journal=Journal(journal), progress=stop_half_way)
     with open(journal, "a") as file:
         file.write('{"run": "torn')
     checked = []
     monkeypatch.setattr(Shard, "check_block", recorded(checked, Shard.check_block))
     progress = []
-    assert len(verify_store(large, journal=journal, progress=progress.append)) == 1
+    resumed = Journal(journal)
+    assert len(verify_store(large, journal=resumed, progress=progress.append)) == 1
     (whole,) = LogitStore(large)._shards
     blocks = whole.footer.blocks
     assert len(checked) < 0.7 * blocks and sum(progress) == size and not journal.exists()
+    assert resumed.taken is not None and size / 3 < resumed.taken_units < size
     with pytest.raises(KeyboardInterrupt):
         told = 0
-        verify_store(large, journal=journal, progress=stop_half_way)
+        verify_store(large, journal=Journal(journal), progress=stop_half_way)
     os.utime(shard)  # as if it had been copied again: what is known of the old file counts no more
     checked.clear()
-    verify_store(large, journal=journal)
-    assert len(checked) == blocks
+    again = Journal(journal)
+    verify_store(large, journal=again)
+    assert len(checked) == blocks and again.taken is None
 
 
 def recorded(calls: list, method):
@@ -181,3 +188,79 @@ def recorded(calls: list, method):
         return method(self, block)
 
     return call
+
+
+@pytest.fixture
+def half_verified(large, monkeypatch):
+    """The large store, of which an interrupted check has read half."""
+    monkeypatch.setattr("megatron_pd.store.admin.verify._RUN_BLOCKS", 4)
+    size, told = next(large.glob("*.shard")).stat().st_size, 0
+
+    def stop_half_way(done: int) -> None:
+        nonlocal told
+        told += done
+        if told > size / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_store(
+            large, journal=Journal(Path(f"{large}.verify-journal")), progress=stop_half_way
+        )
+    return large
+
+
+def test_a_flipped_bit_under_the_old_times_is_found(half_verified, monkeypatch, capsys):
+    """utime can set the time of modification back, but not the inode's time of change."""
+    shard = next(half_verified.glob("*.shard"))
+    before = shard.stat()
+    damage(shard, np.random.default_rng(), 60)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    status, out = command(monkeypatch, capsys, "verify", half_verified, "--json")
+    result = json.loads(out)
+    assert status == 1 and len(result["problems"]) == 60 and result["from_journal"] is None
+
+
+def test_a_verdict_says_what_it_has_from_the_journal(half_verified, monkeypatch, capsys):
+    size = next(half_verified.glob("*.shard")).stat().st_size
+    journal = Path(f"{half_verified}.verify-journal")
+    kept = journal.read_bytes()
+    checked: list[int] = []
+    monkeypatch.setattr(Shard, "check_block", recorded(checked, Shard.check_block))
+    (shard,) = LogitStore(half_verified)._shards
+
+    status, out = command(monkeypatch, capsys, "verify", half_verified, "--workers", 1)
+    taken = int(re.search(r"([0-9,]+) of its", out)[1].replace(",", ""))
+    assert status == 0 and "intact" in out and f"{size:,} bytes were read by an interrupted" in out
+    assert time.strftime("between %Y-%m-%d") in out and "--anew" in out
+    # Runs of four blocks stand for equal parts of the file.
+    share = 1 - len(checked) / shard.footer.blocks
+    assert taken / size == pytest.approx(share, abs=5 / shard.footer.blocks)
+
+    checked.clear()
+    journal.write_bytes(kept)
+    status, out = command(
+        monkeypatch, capsys, "verify", half_verified, "--anew", "--json", "--workers", 1
+    )
+    assert json.loads(out)["from_journal"] is None and len(checked) == shard.footer.blocks
+    assert not journal.exists()
+
+
+def test_verify_where_no_journal_can_be_written(store, monkeypatch, capsys, tmp_path):
+    """A folder of that name stands in for a read-only one, which root could write to."""
+    Path(f"{store}.verify-journal").mkdir()
+    monkeypatch.setattr(sys, "argv", ["megatron-pd", "verify", str(store)])
+    assert main() == 0
+    said = capsys.readouterr()
+    assert "intact" in said.out and "cannot be written (Is a directory)" in said.err
+    with pytest.raises(SystemExit) as left:
+        command(monkeypatch, capsys, "verify", store, "--journal", tmp_path)
+    assert left.value.code == 2
+    assert f"error: --journal {tmp_path} cannot be written" in capsys.readouterr().err
+    # A disk that is full while the check goes on.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        words = ("verify", store, "--journal", tmp_path / "journal")
+        assert command(monkeypatch, capsys, *words)[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

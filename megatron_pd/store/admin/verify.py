@@ -1,28 +1,25 @@
 """Checks every byte of a store: `megatron-pd verify`.
 
 The work is cut into runs of blocks, so that several processes share even a single large shard. What
-is done goes into a journal, and an interrupted check goes on where it stopped: a line of JSON per
-run, which counts only for the very file (size, time of change, footer) that it was written for.
+is done goes into a journal, and an interrupted check goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megatron_pd.errors import naming
+from megatron_pd.store.admin.journal import Journal, file_identity
 from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.codecs.in_store import by_number
 from megatron_pd.store.format import (
     MANIFEST_NAME,
-    Footer,
     Manifest,
     lengths_digest,
     parse_shard_name,
@@ -52,23 +49,25 @@ def verify_store(
     path: Path,
     workers: int = 1,
     *,
-    journal: Path | None = None,
+    journal: Journal | None = None,
     progress: Progress = lambda size: None,
 ) -> list[str]:
     """One sentence for everything that is wrong with the store at `path`; none for a sound one.
 
     Args:
-        journal: file that keeps what is done until all is; None for no journal.
+        journal: keeps what is done until all is; its units are bytes of the shards.
         progress: is told bytes of the shards.
     """
     try:
-        manifest = Manifest.from_bytes((path / MANIFEST_NAME).read_bytes(), path / MANIFEST_NAME)
+        with naming(path / MANIFEST_NAME):
+            data = (path / MANIFEST_NAME).read_bytes()
+        manifest = Manifest.from_bytes(data, path / MANIFEST_NAME)
         shards, problems = _open_shards(path, manifest)
     except (FileNotFoundError, NotADirectoryError):
         return [f"{path}: no logit store here ({MANIFEST_NAME} is missing)."]
     except StoreError as error:
         return [str(error)]
-    done = _Journal(journal, shards)
+    identities = [file_identity(shard.path) for shard in shards]
     runs = [_Run(index, 0, _INDEX) for index in range(len(shards))]
     for index, shard in enumerate(shards):
         edges = [*range(0, shard.footer.blocks, _RUN_BLOCKS), shard.footer.blocks]
@@ -77,14 +76,22 @@ def verify_store(
     def check(run: _Run, report: Progress) -> list[str]:
         return list(dict.fromkeys(_problems_of(shards[run.shard], run, report)))
 
+    def key(run: _Run) -> str:
+        return f"{identities[run.shard]} {run.first} {run.last}"
+
     def check_all(runs: list[_Run]) -> None:
+        left = []
         for run in runs:
-            if (known := done.get(run)) is not None:
+            size = _size(shards[run.shard], run)
+            known = None if journal is None else journal.take(key(run), size)
+            if known is None:
+                left.append(run)
+            else:
                 problems.extend(known)
-                progress(_size(shards[run.shard], run))
-        left = [run for run in runs if done.get(run) is None]
+                progress(size)
         for run, found in run_jobs(check, left, workers, progress):
-            done.add(run, found)
+            if journal is not None:
+                journal.add(key(run), found)
             problems.extend(found)
 
     check_all(runs)
@@ -94,7 +101,8 @@ def verify_store(
     check_all([_Run(index, 0, _LAYOUT) for index in sound])
     if not problems:
         problems += _problems_of_whole(path, manifest)
-    done.close()
+    if journal is not None:
+        journal.close()
     return list(dict.fromkeys(problems))
 
 
@@ -138,11 +146,14 @@ def _open_shards(path: Path, manifest: Manifest) -> tuple[list[Shard], list[str]
         documents = parse_shard_name(file.name)
         if documents is not None:
             try:
-                shard = Shard(file, documents, manifest.store_id, codecs)
-                _ = shard.native
+                with naming(file):
+                    shard = Shard(file, documents, manifest.store_id, codecs)
+                    _ = shard.native
                 shards.append(shard)
             except StoreError as error:
                 problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{error.filename}: cannot be read: {error.strerror}.")
     return shards, problems
 
 
@@ -185,48 +196,3 @@ def _problems_of_whole(path: Path, manifest: Manifest) -> list[str]:
         f"{path}: the shards' document lengths ({int(np.sum(lengths))} rows in all) are not "
         f"those of {MANIFEST_NAME} ({manifest.rows} rows). Dump the store again."
     ]
-
-
-class _Journal:
-    """What was checked, by the identity of the shard's file and the run."""
-
-    def __init__(self, path: Path | None, shards: list[Shard]) -> None:
-        self._path = path
-        self._names = [_identity(shard) for shard in shards]
-        self._found: dict[str, list[str]] = {}
-        self._file = None
-        if path is None:
-            return
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._found[entry["run"]] = entry["problems"]
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn when its writer was stopped
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def get(self, run: _Run) -> list[str] | None:
-        return self._found.get(self._key(run))
-
-    def add(self, run: _Run, problems: list[str]) -> None:
-        if self._file is not None:
-            entry: dict[str, Any] = {"run": self._key(run), "problems": problems}
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Everything was checked: the next call starts anew."""
-        if self._file is not None and self._path is not None:
-            self._file.close()
-            self._path.unlink(missing_ok=True)
-
-    def _key(self, run: _Run) -> str:
-        return f"{self._names[run.shard]} {run.first} {run.last}"
-
-
-def _identity(shard: Shard) -> str:
-    status = os.stat(shard.path)
-    with open(shard.path, "rb") as file:
-        footer = os.pread(file.fileno(), Footer.BYTES, status.st_size - Footer.BYTES)
-    return f"{shard.path} {status.st_size} {status.st_mtime_ns} {footer[-4:].hex()}"

@@ -20,7 +20,6 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_pd.errors import UserError, reporting_errors
+from megatron_pd.errors import UserError, if_stopped, reporting_errors
 from megatron_pd.megatron import cpu
 
 with reporting_errors():
@@ -72,17 +71,14 @@ _IDENTITY_FLAGS = {
 
 def main() -> int:
     """Entry point: read Megatron's flags from `sys.argv` and convert."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = parse_args(_add_convert_arguments)
-    try:
-        for store in convert(args):
-            print(
-                f"{store.path}: {store.num_documents:,} documents, {store.num_rows:,} tokens, "
-                f"{store.num_entries:,} entries, {store.nbytes:,} bytes"
-            )
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here.", file=sys.stderr)
-        raise
+    with if_stopped("the same command goes on from here"):
+        stores = convert(args)
+    for store in stores:
+        print(
+            f"{store.path}: {store.num_documents:,} documents, {store.num_rows:,} tokens, "
+            f"{store.num_entries:,} entries, {store.nbytes:,} bytes"
+        )
     return 0
 
 
