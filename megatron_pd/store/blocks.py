@@ -89,6 +89,15 @@ class CodedBlock:
         )
         return header, payload
 
+    def too_heavy(self, layout: Layout) -> int | None:
+        """The first row whose mass is beyond that of a distribution."""
+        if self.codec.normalises:
+            return None
+        value_bytes = np.dtype(self.codec.statistics_dtype).itemsize
+        stream = self.body[self.statistics.bit_count() * self.rows * value_bytes :]
+        coder = self.codec(layout, None if self.model is None else self.model.payload)
+        return coder.decode(stream, self.rows, self.entries).too_heavy()
+
     def part(self, start: int, stop: int, counts: np.ndarray, layout: Layout) -> CodedBlock:
         """The rows [start, stop) of the block, bit by bit what they were. `counts`: of all rows."""
         value_bytes = np.dtype(self.codec.statistics_dtype).itemsize

@@ -33,6 +33,11 @@ class DocumentRows:
         ends = np.minimum(end, self.starts[first + 1 : last + 1])
         self.appended[first:last] = ends - self.starts[first:last]
 
+    def position(self, row: int) -> tuple[int, int]:
+        """(document, offset) of a row."""
+        document = self._document_of(row)
+        return document, row - int(self.starts[document])
+
     def is_next(self, row: int) -> bool:
         """Whether a row is the one that its document lacks next."""
         document = self._document_of(row)

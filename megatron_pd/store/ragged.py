@@ -10,7 +10,10 @@ import numpy as np
 from megatron_pd.store import _logit_codec
 from megatron_pd.store.types import StoreError, TeacherRows
 
-__all__ = ["RaggedRows"]
+__all__ = ["MAX_MASS", "RaggedRows"]
+
+#: Of a row: probabilities sum to 1, and rounding adds less than this.
+MAX_MASS = 1 + 1e-3
 
 
 @dataclass
@@ -29,21 +32,37 @@ class RaggedRows:
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: TeacherRows, vocab_size: int, draws: int, where: str) -> RaggedRows:
-        """A copy; StoreError unless every row is one that a store can hold."""
+    def of(
+        cls, rows: TeacherRows, vocab_size: int, draws: int, where: str, offset: int = 0
+    ) -> RaggedRows:
+        """A copy; StoreError unless every row is one that a store can hold.
+
+        Args:
+            where: what a message begins with.
+            offset: of the first row in its document.
+        """
         counts = np.array(rows.counts, np.int32, order="C")
         ids = np.ascontiguousarray(rows.ids, np.int32)
         logprobs = np.ascontiguousarray(rows.logprobs, np.float32)
         try:
             flat = _logit_codec.ragged(ids, logprobs, counts, vocab_size, draws)
         except _logit_codec.BadRowsError as error:
-            raise StoreError(f"{where}, {error}. Check what the teacher gave.") from None
+            raise StoreError(
+                f"{where}, rows from offset {offset} on, {error}. Check what the teacher gave."
+            ) from None
         statistics = {
             name: np.array(values, np.float32) for name, values in rows.statistics.items()
         }
         if any(values.shape != counts.shape for values in statistics.values()):
             raise StoreError(f"{where}: each statistic must have one value per row.")
-        return cls(counts, *flat, statistics)
+        ragged = cls(counts, *flat, statistics)
+        if (row := ragged.too_heavy()) is not None:
+            raise StoreError(
+                f"{where}, offset {offset + row}: its {counts[row]} entries have a mass of "
+                f"{ragged.masses()[row]:.4f}, probabilities at most 1. Log-probabilities are "
+                "natural logarithms, over the full vocabulary, at temperature 1."
+            )
+        return ragged
 
     @classmethod
     def concatenate(cls, parts: list[RaggedRows]) -> RaggedRows:
@@ -68,6 +87,19 @@ class RaggedRows:
         return RaggedRows(
             self.counts[rows], self.ids[first:last], self.logprobs[first:last], statistics
         )
+
+    def masses(self) -> np.ndarray:
+        """Probability mass of each row's entries: float64 [n], 0 for rows without entries."""
+        probs = np.zeros(len(self.logprobs) + 1, np.float32)  # so that every start is in it
+        np.exp(self.logprobs, out=probs[:-1])
+        sums = np.add.reduceat(probs, np.cumsum(self.counts) - self.counts, dtype=np.float64)
+        sums[self.counts == 0] = 0  # reduceat gives the entry that is there
+        return sums
+
+    def too_heavy(self) -> int | None:
+        """The first row whose mass is beyond `MAX_MASS`."""
+        heavy = self.masses() > MAX_MASS
+        return int(heavy.argmax()) if heavy.any() else None
 
     def blocks(self, size: int) -> list[RaggedRows]:
         """The rows in runs of `size`."""

@@ -126,6 +126,7 @@ class LogitStoreWriter:
             self._layout.vocab_size,
             self._layout.draws,
             f"{self.path}, document {document}",
+            offset,
         )
         if offset + len(rows) == self._rows.length(index) and len(rows) and rows.counts[-1]:
             raise StoreError(
@@ -149,6 +150,13 @@ class LogitStoreWriter:
         self._check_usable()
         if self._shard is None or not self._rows.is_next(row):
             raise StoreError(f"{self._final}: row {row} was appended out of turn.")
+        if (heavy := block.too_heavy(self._layout)) is not None:
+            document, offset = self._rows.position(row + heavy)
+            raise StoreError(
+                f"{self.path}, document {self.documents.start + document}, offset {offset}: the "
+                "source's row has a mass of more than 1, so it is no distribution. Log-"
+                "probabilities are natural logarithms: make the source anew."
+            )
         with self._failing_for_good():
             self._shard.add_block(row, block)
         self._rows.add(row, row + block.rows)

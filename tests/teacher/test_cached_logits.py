@@ -27,7 +27,9 @@ from megatron_pd.data.corpus import MegatronCorpus, store_path_of
 from megatron_pd.data.dataset import dataset_fields
 from megatron_pd.data.order import SampleSpan
 from megatron_pd.store import LogitStore, LogitStoreWriter, TeacherRows
+from megatron_pd.store.ragged import MAX_MASS
 from megatron_pd.teacher.cached_logits.convert import _rows_of
+from megatron_pd.teacher.cached_logits.tars import sample_rows
 
 VOCAB, PADDED = 1500, 1536
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES, DP, CP = 32, 2, 2, 2, 2
@@ -245,6 +247,20 @@ def test_lost_tar_leaves_its_samples_without_teacher(run, monkeypatch, capsys):
     assert convert(run, monkeypatch, *EXACT) == 0
     run.check(stores(run), run.seen)
     remove_stores(run)
+
+
+def test_float16_does_not_make_a_distribution_too_heavy():
+    """Equal entries that are all rounded up are taken back to mass 1; what is no rounding stays."""
+    logprobs = np.full((1, 1, 200), -np.inf, np.float32)
+    worst = max(range(2, 200), key=lambda n: n * np.exp(np.float64(np.float16(-np.log(n)))))
+    logprobs[..., :worst] = np.float16(-np.log(worst))
+    ids = np.arange(200).reshape(1, 1, 200)
+    assert np.exp(logprobs.astype(np.float64)).sum() > MAX_MASS
+    (rows,) = sample_rows(ids, logprobs, 200)
+    assert rows.counts == [worst]
+    np.testing.assert_allclose(np.exp(rows.logprobs[0, :worst]), 1 / worst, rtol=1e-6)
+    (rows,) = sample_rows(ids, logprobs / 2, 200)
+    np.testing.assert_array_equal(rows.logprobs[0, :worst], logprobs[0, 0, :worst] / 2)
 
 
 def test_the_sample_that_begins_earliest_in_a_document_counts(tmp_path):

@@ -40,11 +40,13 @@ class Codec(ABC):
         name: in commands, the manifest and messages.
         version: changes with the bytes. A reader refuses another one than it knows.
         statistics_dtype: what the statistics of its blocks are stored as.
+        normalises: no row that it decodes has a mass beyond 1, so none needs to be checked.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     statistics_dtype: ClassVar[Literal["<f4", "<f2"]] = "<f4"
+    normalises: ClassVar[bool] = False
 
     def __init__(self, layout: Layout, model: bytes | None) -> None:
         """

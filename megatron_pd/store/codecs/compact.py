@@ -14,6 +14,7 @@ __all__ = ["CompactCodec"]
 class CompactCodec(Codec):
     name, version = "compact", 1
     statistics_dtype = "<f2"
+    normalises = True
 
     def __init__(self, layout: Layout, model: bytes | None) -> None:
         super().__init__(layout, model)

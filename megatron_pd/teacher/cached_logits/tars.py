@@ -33,6 +33,7 @@ from megatron.training.distillation.utils_logits import (
 
 from megatron_pd.errors import UserError
 from megatron_pd.store import TeacherRows
+from megatron_pd.store.ragged import MAX_MASS
 
 __all__ = ["CachedLogits", "Flush", "sample_rows"]
 
@@ -154,10 +155,21 @@ def sample_rows(
         )
     ids_SBK = np.where(found_SBK, ids_SBK, -1).astype(np.int32)
     logprobs_SBK = np.where(found_SBK, np.minimum(logprobs_SBK, 0), 0).astype(np.float32)
+    logprobs_SBK -= np.where(found_SBK, _rounded_up_SB(logprobs_SBK, found_SBK)[..., None], 0)
     return [
         TeacherRows(ids_SBK[:, b], logprobs_SBK[:, b], counts_SB[:, b].astype(np.int32))
         for b in range(ids_SBK.shape[1])
     ]
+
+
+def _rounded_up_SB(logprobs_SBK: np.ndarray, found_SBK: np.ndarray) -> np.ndarray:
+    """How far above 0 the log of a row's mass is, where float16 alone may have brought it beyond
+    `MAX_MASS` (many alike entries that are the whole distribution); elsewhere 0."""
+    probs_SBK = np.where(found_SBK, np.exp(logprobs_SBK.astype(np.float64)), 0)
+    masses_SB = probs_SBK.sum(-1)
+    rounding_SB = -(probs_SBK * logprobs_SBK).sum(-1) * 2.0**-11
+    rounded_SB = (masses_SB > MAX_MASS) & (masses_SB <= 1 + rounding_SB)
+    return np.where(rounded_SB, np.log(np.maximum(masses_SB, 1)), 0).astype(np.float32)
 
 
 def _aligned(streams: list[Iterator[LogprobsTarEntry]]) -> Iterator[list[LogprobsTarEntry]]:
