@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import Field, field, fields
 from typing import TYPE_CHECKING, Any
 
+from megatron_pd.registry import Registry
+
 if TYPE_CHECKING:
     import argparse
 
@@ -42,9 +44,16 @@ def flag_name(prefix: str, name: str) -> str:
 
 
 def add_options(group: argparse._ActionsContainer, config: type, prefix: str) -> None:
-    """Add a flag for every option of `config`. What isn't given is None after parsing."""
+    """Add a flag for every option of `config`. What isn't given is None after parsing.
+
+    Choices from a Registry are shown and left to `config` to check, since what can be imported is
+    one too.
+    """
     for chosen in options_of(config):
         keywords = dict(chosen.metadata["flag"])
+        if isinstance(keywords.get("choices"), Registry):
+            names = keywords.pop("choices").names
+            keywords["metavar"] = f"{{{','.join(names)},package.module:attribute}}"
         if isinstance(chosen.default, bool):
             keywords["action"] = "store_true"
         if "type" in keywords and "choices" not in keywords:

@@ -1,13 +1,11 @@
-// One row's distillation loss and its gradient: what megatron_pd/distill/losses.py composes of
+// One row's distillation loss and its gradient: what megatron_pd/distill/objective.py composes of
 // PyTorch operations, in one go over the row's K entries. The same code runs on the CPU, one thread
 // a row, and on a GPU, one warp a row.
 //
 //   t   the teacher's measure at τ on the row's outcomes: log t = ℓ/τ − shift, and for some
-//   policies
-//       one outcome more
+//       policies one outcome more
 //   q   the student's, at temperature 1; of the extra outcome either its mass off the row, 1 − P
-//   with
-//       P = Σ q, or that of the label
+//       with P = Σ q, or that of the label
 //
 // A divergence is a sum of terms f(log t, log q). The student's log-probabilities are the inputs,
 // so the gradient is ∂f/∂log q of each entry, and where the extra outcome is 1 − P also that one's,
@@ -66,7 +64,7 @@ struct Term {
   Number value, slope;
 };
 
-// A teacher's tail below this is rounding: _TEACHER_ROUNDING of losses.py.
+// A teacher's tail below this is rounding: _ROUNDING of megatron_pd/distill/rows.py.
 constexpr double kTeacherRounding = 1e-5;
 
 template <class Number>

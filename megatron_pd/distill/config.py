@@ -7,6 +7,7 @@ not fit; the --pd-* flags are made from its fields.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,6 +29,19 @@ ADAPTIVE_TEMPERATURES = ("normkd", "wttm", "adakd-sd", "adakd-h")
 _ADAPTIVE_SLOPES = {"adakd-sd": 0.5, "adakd-h": -0.25}
 _ADAPTIVE_BOUNDS = (0.5, 4.0)
 
+# Of the --pd-alpha-* that an α curve may read; None follows the learning rate.
+_PHASE_DEFAULTS = {"warmup": None, "decay": None, "decay_style": None, "period": 0.1}
+
+
+def _described[Thing](registry: Registry[Thing], words: Callable[[Thing], str]) -> str:
+    """All built-ins with `words` on each, for a flag's help."""
+    return "; ".join(f"{name}: {words(registry.get(name))}" for name in registry) + "."
+
+
+def _those[Thing](registry: Registry[Thing], fit: Callable[[Thing], bool]) -> str:
+    """The built-ins that `fit`: "nll or kld"."""
+    return " or ".join(name for name in registry if fit(registry.get(name)))
+
 
 @dataclass(frozen=True)
 class PDConfig:
@@ -46,17 +60,15 @@ class PDConfig:
     )
     loss: str = option(
         "kld",
-        "Divergence between the teacher's row and the student: soft cross entropy (nll), forward "
-        "KL (kld), reverse KL, Jensen-Shannon, or squared error of probabilities or of centred "
-        "logits.",
+        "Divergence between the measures t of the teacher and q of the student, on the outcomes "
+        "that --pd-tail defines. " + _described(LOSSES, lambda loss: loss.formula),
         choices=LOSSES,
     )
     tail: str = option(
         _DEFAULT_TAIL,
-        "What becomes of the teacher's mass outside its row: renormalize the row (the paper's Eq. "
-        "4), leave it out (raw), one bucket for it on both sides (ghost), give it to the "
-        "ground-truth token (to-label), ghost's mass with the row tempered by itself (decoupled), "
-        "or rows of random draws, which need none (sampled).",
+        "What becomes of the teacher's mass outside its row: the student's target, for a row of "
+        "the tokens K, with log-probabilities ℓ and mass a. "
+        + _described(TAILS, lambda tail: tail.target),
         choices=TAILS,
     )
     top_p: float | None = option(
@@ -114,8 +126,7 @@ class PDConfig:
     )
     alpha_schedule: str = option(
         "constant",
-        "How α moves over the run; wsd is warmup, stable, decay, with the phases of the learning "
-        "rate's own WSD schedule where it has one.",
+        "How α moves over the run. " + _described(ALPHA_SCHEDULES, lambda curve: curve.summary),
         choices=ALPHA_SCHEDULES,
     )
     alpha_min: float | None = option(None, "Lowest α of a schedule. Default: 0.", type=float)
@@ -213,7 +224,10 @@ def _check_choices(config: PDConfig) -> None:
                 + (", or your own as package.module:attribute." if _is_open(choices) else ".")
             )
         if _is_open(choices):
-            choices.get(value)
+            try:
+                choices.get(value)
+            except UserError as error:
+                raise UserError(f"{flag_of(chosen.name)}: {error}") from error
 
 
 def _is_open(choices: Any) -> bool:
@@ -225,23 +239,23 @@ def _fill_dependent_fields(config: PDConfig) -> None:
     """Give each field that is in effect its default; refuse one that is set and is not."""
     adaptive = config.adaptive_temperature
     phases = ALPHA_SCHEDULES.get(config.alpha_schedule).phases
+    losses_with_beta = _those(LOSSES, lambda loss: loss.uses_beta)
     in_effect: dict[str, tuple[bool, str, Any]] = {
-        "jsd_beta": (config.divergence.uses_beta, "--pd-loss jsd", 0.5),
+        "jsd_beta": (config.divergence.uses_beta, f"--pd-loss {losses_with_beta}", 0.5),
         "alpha_min": (
             config.alpha_schedule != "constant",
             "an --pd-alpha-schedule that moves",
             0.0,
         ),
-        "alpha_warmup": ("warmup" in phases, "--pd-alpha-schedule wsd", None),
-        "alpha_decay": ("decay" in phases, "--pd-alpha-schedule wsd", None),
-        "alpha_decay_style": ("decay_style" in phases, "--pd-alpha-schedule wsd", None),
-        "alpha_period": ("period" in phases, "--pd-alpha-schedule period", 0.1),
         "adaptive_slope": (
             adaptive in _ADAPTIVE_SLOPES,
             "--pd-adaptive-temperature adakd-sd or adakd-h",
             _ADAPTIVE_SLOPES.get(adaptive or ""),
         ),
     }
+    for phase, default in _PHASE_DEFAULTS.items():
+        curves = f"--pd-alpha-schedule {_curves_reading(phase)}"
+        in_effect[f"alpha_{phase}"] = (phase in phases, curves, default)
     for bound, default in zip(("adaptive_min", "adaptive_max"), _ADAPTIVE_BOUNDS, strict=True):
         in_effect[bound] = (
             adaptive not in (None, "wttm"),
@@ -257,6 +271,10 @@ def _fill_dependent_fields(config: PDConfig) -> None:
             )
         if value is None and used:
             object.__setattr__(config, name, default)
+
+
+def _curves_reading(phase: str) -> str:
+    return _those(ALPHA_SCHEDULES, lambda curve: phase in curve.phases)
 
 
 def _check_temperatures(config: PDConfig) -> None:
@@ -336,7 +354,7 @@ def _check_sampled(config: PDConfig) -> None:
     )
     source = f" (or --pd-recipe {config.recipe}, which may have set them)" if config.recipe else ""
     if not config.divergence.linear_in_teacher:
-        linear = " or ".join(name for name in LOSSES if LOSSES.get(name).linear_in_teacher)
+        linear = _those(LOSSES, lambda loss: loss.linear_in_teacher)
         raise UserError(
             f"{reason}; --pd-loss is {config.loss}. Choose {linear}, or another --pd-tail with a "
             "top-p-k store."

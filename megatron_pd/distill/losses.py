@@ -119,7 +119,7 @@ LOSSES.add(
     "jsd",
     Loss(
         _jsd,
-        "β·KL(t ‖ m) + (1 − β)·KL(q ‖ m), m = β·t + (1 − β)·q, over the whole vocabulary; "
+        "β·KL(t ‖ m) + (1 − β)·KL(q ‖ m) over the whole vocabulary, m = β·t + (1 − β)·q, β of "
         "`--pd-jsd-beta`",
         uses_beta=True,
     ),

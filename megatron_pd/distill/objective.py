@@ -103,11 +103,19 @@ def composed_loss(
     """`distillation_loss` from PyTorch operations, for every option; rows are truncated already.
 
     This is the definition that the operator `row_divergence` is held to.
+
+    Raises:
+        ValueError: the loss, perhaps one from outside, gives something else than a number a row.
     """
     rows = _rows(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
     loss = LOSSES.get(config.loss)
     parts = TAILS.get(config.tail).outcomes(rows) if loss.uses_tail else ()
     loss_T = loss.value(rows, parts, config)
+    if loss_T.shape != teacher.counts.shape:
+        raise ValueError(
+            f"--pd-loss {config.loss} gave a tensor of shape {tuple(loss_T.shape)} for rows of "
+            f"shape {tuple(teacher.counts.shape)}; it must give one number a row."
+        )
     match _weight_name(config):
         case "tau-squared":
             loss_T = loss_T * rows.tau.square().squeeze(-1)

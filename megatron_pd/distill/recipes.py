@@ -9,6 +9,8 @@ __all__ = ["RECIPES", "Recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
+    """What a choice of --pd-recipe fills in."""
+
     options: Mapping[str, Any]
     """PDConfig fields."""
 

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from megatron_pd.errors import UserError
 from megatron_pd.registry import Registry
 
-__all__ = ["ALPHA_SCHEDULES", "DECAY_STYLES", "AlphaCurve", "AlphaSchedule", "alpha_at"]
+__all__ = ["ALPHA_SCHEDULES", "DECAY_STYLES", "PHASES", "AlphaCurve", "AlphaSchedule", "alpha_at"]
+
+PHASES = ("warmup", "decay", "decay_style", "end", "period")
+"""The fields of AlphaSchedule that shape a curve between `min` and `max`."""
 
 DECAY_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 
@@ -25,7 +28,7 @@ class AlphaSchedule:
     """An α curve; lengths are shares of the run, so that it fits any unit of steps."""
 
     kind: str
-    """A name in ALPHA_SCHEDULES."""
+    """A name in ALPHA_SCHEDULES, or the `package.module:attribute` of an AlphaCurve."""
 
     max: float
     """The highest α, in [0, 1]; the value of `constant`."""
@@ -69,6 +72,9 @@ def alpha_at(schedule: AlphaSchedule, step: int, total_steps: int) -> float:
     """α after `step` of `total_steps`, both in consumed samples (or both in iterations).
 
     Beyond the end of the run the last value holds.
+
+    Raises:
+        UserError: a run without steps, or a kind of schedule that there isn't.
     """
     if total_steps < 1:
         raise UserError(f"The run has {total_steps} steps; α needs a run of at least one.")
@@ -85,9 +91,19 @@ class AlphaCurve:
     """(schedule, share of the run that is done, in [0, 1]) → where α stands between its lowest (0)
     and its highest value (1)."""
 
+    summary: str
+    """The curve in words, for the help and the docs."""
+
     phases: tuple[str, ...] = ()
-    """The fields of AlphaSchedule that it reads beside `min` and `max`: they are refused where a
-    curve doesn't, and those of "wsd" follow the learning rate's WSD schedule."""
+    """The PHASES that it reads: their --pd-alpha-* flags are refused where a curve doesn't, and
+    those of `wsd` follow the learning rate's WSD schedule."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.phases) - set(PHASES):
+            raise UserError(
+                f"An α curve reads the phases {', '.join(sorted(unknown))}, and there are only "
+                f"{', '.join(PHASES)}."
+            )
 
 
 def _period_height(schedule: AlphaSchedule, done: float) -> float:
@@ -120,8 +136,28 @@ def _decay_height(style: str, ratio: float) -> float:
 
 
 ALPHA_SCHEDULES: Registry[AlphaCurve] = Registry("α schedule", AlphaCurve)
-ALPHA_SCHEDULES.add("constant", AlphaCurve(lambda schedule, done: 1.0))
-ALPHA_SCHEDULES.add("linear-increase", AlphaCurve(lambda schedule, done: done))
-ALPHA_SCHEDULES.add("linear-decrease", AlphaCurve(lambda schedule, done: 1.0 - done))
-ALPHA_SCHEDULES.add("period", AlphaCurve(_period_height, phases=("period",)))
-ALPHA_SCHEDULES.add("wsd", AlphaCurve(_wsd_height, ("warmup", "decay", "decay_style", "end")))
+ALPHA_SCHEDULES.add("constant", AlphaCurve(lambda schedule, done: 1.0, "the highest α throughout"))
+ALPHA_SCHEDULES.add(
+    "linear-increase", AlphaCurve(lambda schedule, done: done, "from the lowest to the highest α")
+)
+ALPHA_SCHEDULES.add(
+    "linear-decrease",
+    AlphaCurve(lambda schedule, done: 1.0 - done, "from the highest to the lowest α"),
+)
+ALPHA_SCHEDULES.add(
+    "period",
+    AlphaCurve(
+        _period_height,
+        "cosine cycles, from the lowest α up and back in `--pd-alpha-period`",
+        ("period",),
+    ),
+)
+ALPHA_SCHEDULES.add(
+    "wsd",
+    AlphaCurve(
+        _wsd_height,
+        "linear warmup, stable, decay, with the phases of the learning rate's own WSD schedule "
+        "where it has one",
+        ("warmup", "decay", "decay_style", "end"),
+    ),
+)

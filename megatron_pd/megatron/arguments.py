@@ -129,29 +129,20 @@ def resolve_schedule(config: PDConfig, scheduler: LearningRate, total: int) -> A
     Raises:
         UserError: where warmup and decay need more samples than the run has.
     """
-    schedule: dict[str, Any] = {
-        "kind": config.alpha_schedule,
-        "max": config.alpha,
-        "min": config.alpha_min or 0.0,
-    }
-    curve = ALPHA_SCHEDULES.get(config.alpha_schedule)
-    if "period" in curve.phases:
-        schedule["period"] = _share(config.alpha_period, total)
-    if {"warmup", "decay"} & set(curve.phases):
-        phases = _lr_phases(scheduler, total)
-        if config.alpha_warmup is not None:
-            phases["warmup"] = _share(config.alpha_warmup, total)
-        if config.alpha_decay is not None:
-            phases["decay"] = _share(config.alpha_decay, total)
-        if config.alpha_decay_style is not None:
-            phases["decay_style"] = config.alpha_decay_style
-        schedule.update(phases)
-    return AlphaSchedule(**schedule)
-
-
-def _share(length: float | None, total: int) -> float:
-    assert length is not None
-    return length if length < 1 else length / total
+    reads = set(ALPHA_SCHEDULES.get(config.alpha_schedule).phases)
+    phases = _lr_phases(scheduler, total) if reads - {"period"} else {}
+    for name in ("warmup", "decay", "period"):
+        length = getattr(config, f"alpha_{name}")
+        if length is not None:
+            phases[name] = length if length < 1 else length / total
+    if config.alpha_decay_style is not None:
+        phases["decay_style"] = config.alpha_decay_style
+    return AlphaSchedule(
+        config.alpha_schedule,
+        max=config.alpha,
+        min=config.alpha_min or 0.0,
+        **{name: value for name, value in phases.items() if name in reads},
+    )
 
 
 def _lr_phases(scheduler: LearningRate, total: int) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Distillation loss of sparse rows and its gradient in one operator.
 
-Fuses the per-token loss and its gradient, about 85 small PyTorch operations in `distill/losses.py`,
-into one kernel. A row is gone over once, and the gradient with respect to the student's
-log-probabilities comes with the loss, so that the backward pass is one multiplication.
-The formulas are in csrc/row_divergence/row.h.
+Fuses the per-token loss and its gradient, about 85 small PyTorch operations in
+`distill/objective.py`, into one kernel. A row is gone over once, and the gradient with respect to
+the student's log-probabilities comes with the loss, so that the backward pass is one
+multiplication. The formulas are in csrc/row_divergence/row.h.
+
+A fast path, never the gate: `is_fused` says which losses and tail policies it knows.
 
 Legend: T any leading shape (tokens), K entries of a teacher row.
 """

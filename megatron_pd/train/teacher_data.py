@@ -120,13 +120,13 @@ def _check_tokenizer(store: LogitStore, path: str, tokenizer: Any) -> None:
 
 
 def _check_kind(store: LogitStore, path: str, config: PDConfig) -> None:
-    if config.tail == "sampled" and not store.draws:
+    if config.tail_policy.of_draws and not store.draws:
         raise UserError(
-            f"{path} holds the teacher's top tokens, and --pd-tail sampled reads random "
+            f"{path} holds the teacher's top tokens, and --pd-tail {config.tail} reads random "
             "draws: dump a store of draws with `megatron-pd dump --dump-sampled 50`, or choose "
             "another --pd-tail."
         )
-    if config.tail != "sampled" and store.draws:
+    if store.draws and not config.tail_policy.of_draws:
         raise UserError(
             f"{path} holds {store.draws} random draws for each token, which --pd-tail "
             f"{config.tail} would take for the head of the distribution: give --pd-tail sampled "

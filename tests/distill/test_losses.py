@@ -17,11 +17,11 @@ from megatron_pd.distill.tails import TAILS
 from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k, truncate
 from megatron_pd.distill.temperatures import row_temperature
 from megatron_pd.errors import UserError
-from megatron_pd.ops import is_fused, row_divergence
+from megatron_pd.ops import FUSED_LOSSES, is_fused, row_divergence
 
 TOKENS, VOCABULARY = 9, 30
 TEMPERATURES = [(1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 2.0), (2.0, 2.0), (1.5, 0.75)]
-BETAS = {"jsd": [0.1, 0.3, 0.5, 0.7, 0.9]}
+BETAS = [0.1, 0.3, 0.5, 0.7, 0.9]
 
 
 def valid_configs() -> list[PDConfig]:
@@ -29,12 +29,12 @@ def valid_configs() -> list[PDConfig]:
     for tail in TAILS:
         for loss in LOSSES:
             for tau, student_tau in TEMPERATURES:
-                is_sampled = tail == "sampled"
-                if loss == "mse-logit" and tail != "renormalize":
+                if not LOSSES.get(loss).uses_tail and tail != PDConfig().tail:
                     continue
-                if is_sampled and (loss not in ("nll", "kld") or (tau, student_tau) != (1, 1)):
+                is_fit_for_draws = LOSSES.get(loss).linear_in_teacher and tau == student_tau == 1
+                if TAILS.get(tail).of_draws and not is_fit_for_draws:
                     continue
-                for beta in BETAS.get(loss, [None]):
+                for beta in BETAS if LOSSES.get(loss).uses_beta else [None]:
                     configs.append(
                         PDConfig(
                             loss=loss,
@@ -212,7 +212,7 @@ def ways_to_compute(config: PDConfig) -> list[Callable[..., Tensor]]:
 def test_value_and_gradient_are_the_dense_ones(config, generator):
     """In float64 to rounding, in float32 to its precision, however they are computed."""
     teacher, logits_TV, labels_T = random_case(generator)
-    if config.tail == "sampled":
+    if config.tail_policy.of_draws:
         teacher = sample(torch.randn(TOKENS, VOCABULARY, generator=generator), 12, generator)
     for dtype, rtol, atol in ((torch.float64, 1e-8, 1e-10), (torch.float32, 1e-4, 1e-4)):
         case = teacher, logits_TV.to(dtype), labels_T
@@ -319,7 +319,7 @@ def test_ghost_of_the_whole_vocabulary_is_the_dense_kl(generator):
         torch.testing.assert_close(gradient, (q - t) / student_tau, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["nll", "kld", "reverse-kld", "jsd", "mse-prob"])
+@pytest.mark.parametrize("loss", FUSED_LOSSES)
 def test_decoupled_at_temperature_1_is_ghost(loss, generator):
     case = random_case(generator)
     ghost = value_and_gradient(PDConfig(tail="ghost", loss=loss), *case)

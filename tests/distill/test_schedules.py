@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_pd.distill.schedules import DECAY_STYLES, AlphaSchedule, alpha_at
+from megatron_pd.distill.schedules import DECAY_STYLES, AlphaCurve, AlphaSchedule, alpha_at
 from megatron_pd.errors import UserError
 
 TOTAL = 1000
@@ -86,6 +86,12 @@ def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="--pd-alpha-warmup"):
         AlphaSchedule("wsd", max=1.0, warmup=0.6, decay=0.5)
     AlphaSchedule("wsd", max=1.0, warmup=0.9, decay=0.1)
+
+
+def test_a_curve_reads_phases_that_there_are():
+    AlphaCurve(lambda schedule, done: done, "up", phases=("warmup", "end"))
+    with pytest.raises(UserError, match="phases plateau, and there are only warmup, decay"):
+        AlphaCurve(lambda schedule, done: done, "up", phases=("warmup", "plateau"))
 
 
 def test_unknown_names_and_empty_runs_are_refused():

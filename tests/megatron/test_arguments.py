@@ -2,13 +2,15 @@
 
 import argparse
 import re
+import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_pd.distill.config import PDConfig, flag_of
 from megatron_pd.distill.recipes import RECIPES
-from megatron_pd.distill.schedules import alpha_at
+from megatron_pd.distill.schedules import AlphaCurve, AlphaSchedule, alpha_at
 from megatron_pd.errors import UserError
 from megatron_pd.megatron import cpu
 from megatron_pd.megatron.arguments import (
@@ -82,6 +84,8 @@ def test_help_names_every_flag(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for option in fields(PDConfig):
         assert re.search(rf"{flag_of(option.name)}\b", shown)
+        choices = ",".join(option.metadata["flag"].get("choices", ()))
+        assert choices in shown
     assert "--tensor-model-parallel-size" in shown
 
 
@@ -212,6 +216,21 @@ def test_alpha_has_its_own_phases_where_it_is_told(monkeypatch):
         monkeypatch, *"--pd-alpha 1.0 --pd-alpha-schedule period --pd-alpha-period 4000".split()
     )
     assert alphas(args, 0, 0.25, 0.5, 0.75) == pytest.approx([0, 1, 0, 1], abs=1e-12)
+
+
+def test_a_curve_of_ones_own_gets_the_phases_that_it_names(monkeypatch):
+    curve = AlphaCurve(lambda schedule, done: schedule.warmup, "level", phases=("warmup",))
+    monkeypatch.setitem(sys.modules, "outside", SimpleNamespace(curve=curve))
+    flags = "--pd-alpha-schedule outside:curve --lr-decay-style WSD --lr-wsd-decay-iters 100"
+
+    def schedule_of(*more: str) -> AlphaSchedule:
+        args = parse(monkeypatch, *flags.split(), "--lr-warmup-iters", "400", *more)
+        total = total_samples(args)
+        return resolve_schedule(pd_config_from_args(args), learning_rate(args), total)
+
+    assert schedule_of().phases == {"warmup": 0.4}
+    assert schedule_of().decay == 0.0
+    assert schedule_of("--pd-alpha-warmup", "0.3").phases == {"warmup": 0.3}
 
 
 def test_a_run_or_decay_without_a_length_is_refused(monkeypatch):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.losses import LOSSES
+from megatron_pd.distill.tails import TAILS
 from megatron_pd.distill.targets import TeacherTargets, sample, top_p_k
 from megatron_pd.ops import FUSED_LOSSES, FUSED_TAILS
 
@@ -25,12 +27,14 @@ class RowCase:
 
 @st.composite
 def configs(draw: st.DrawFn) -> PDConfig:
-    """Any configuration of a student at temperature 1 but `mse-logit`."""
+    """Any configuration of a student at temperature 1 that the operator knows."""
     tail = draw(st.sampled_from(FUSED_TAILS), label="tail")
-    if tail == "sampled":
-        return PDConfig(tail=tail, loss=draw(st.sampled_from(["nll", "kld"]), label="loss"))
+    if TAILS.get(tail).of_draws:
+        linear = [name for name in FUSED_LOSSES if LOSSES.get(name).linear_in_teacher]
+        return PDConfig(tail=tail, loss=draw(st.sampled_from(linear), label="loss"))
     loss = draw(st.sampled_from(FUSED_LOSSES), label="loss")
-    beta = draw(st.sampled_from([0.1, 0.5, 0.8]), label="β") if loss == "jsd" else None
+    uses_beta = LOSSES.get(loss).uses_beta
+    beta = draw(st.sampled_from([0.1, 0.5, 0.8]), label="β") if uses_beta else None
     temperature = draw(st.sampled_from([1.0, 0.5, 2.0, 1.3]), label="τ")
     method = draw(st.sampled_from([None, None, "normkd", "wttm", "adakd-h"]), label="adaptive")
     squared = method is None and draw(st.booleans(), label="τ²")
@@ -53,7 +57,7 @@ def row_cases(draw: st.DrawFn) -> RowCase:
     columns = draw(st.integers(0, 70), label="K")
     spread = draw(st.sampled_from([0.5, 2.0, 6.0]), label="spread")
     vocab_size = columns + draw(st.integers(1, 50), label="off the row")
-    teacher = random_rows(leading, vocab_size, columns, spread, config.tail == "sampled")
+    teacher = random_rows(leading, vocab_size, columns, spread, config.tail_policy.of_draws)
     log_q_V = torch.log_softmax(torch.randn(*leading, vocab_size).double() * spread, dim=-1)
     labels = torch.randint(vocab_size, leading)
     if columns and draw(st.booleans(), label="labels on the row"):
