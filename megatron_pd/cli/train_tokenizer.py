@@ -18,9 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_pd.megatron import cpu
-
-    cpu.install()
     from megatron_pd.data.train_tokenizer import train_tokenizer
 
     train_tokenizer(

@@ -1,5 +1,6 @@
 """A sentencepiece model trained on the documents of a corpus."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,8 @@ import sentencepiece
 from tqdm import tqdm
 
 from megatron_pd.data.documents import open_sources, read_documents
-from megatron_pd.errors import UserError
+from megatron_pd.errors import UserError, if_stopped
+from megatron_pd.workers import ordered_map, stops_wait
 
 __all__ = ["train_tokenizer"]
 
@@ -38,7 +40,7 @@ def train_tokenizer(
     Raises:
         UserError: input that cannot be read, too little text for the vocabulary, or an output that
             is not a `.model` file or is an input.
-        OSError: of writing; `filename` is the file.
+        OSError: of reading or writing; `filename` is the file.
     """
     output = Path(model_path)
     vocabulary = output.with_suffix(".vocab")
@@ -51,19 +53,41 @@ def train_tokenizer(
                 f"--output {model_path} would replace {path}, an input: choose another name."
             )
     output.parent.mkdir(parents=True, exist_ok=True)
+
+    def train(name: str) -> bytes:
+        lines = _lines(paths, json_key, input_format, max_bytes)
+        return _trained(lines, vocab_size, ", ".join(paths))
+
+    # sentencepiece listens to no signal until it is done: a process of its own can be ended.
+    with (
+        if_stopped("no tokenizer was written, an earlier one stays"),
+        contextlib.closing(ordered_map(train, [model_path], 1)) as models,
+    ):
+        model = next(models)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    lines_of_vocabulary = (
+        f"{pieces.id_to_piece(number)}\t{pieces.get_score(number):g}\n"
+        for number in range(len(pieces))
+    )
+    with stops_wait():
+        _write(vocabulary, "".join(lines_of_vocabulary).encode())
+        _write(output, model)
+
+
+def _trained(lines: Iterator[str], vocab_size: int, source: str) -> bytes:
     model = io.BytesIO()
     failures: list[BaseException] = []  # of reading, which sentencepiece makes RuntimeErrors of
 
-    def lines() -> Iterator[str]:
+    def sentences() -> Iterator[str]:
         try:
-            yield from _lines(paths, json_key, input_format, max_bytes)
+            yield from lines
         except BaseException as error:
             failures.append(error)
             raise
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
+            sentence_iterator=sentences(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -81,16 +105,10 @@ def train_tokenizer(
         if failures:
             raise failures[0] from None
         raise UserError(
-            f"sentencepiece could not learn {vocab_size} pieces from {', '.join(paths)} ({error}): "
-            "give more text or a smaller --vocab-size (byte fallback alone takes 263)."
+            f"sentencepiece could not learn {vocab_size} pieces from {source} ({error}): give "
+            "more text or a smaller --vocab-size (byte fallback alone takes 263)."
         ) from error
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    lines_of_vocabulary = (
-        f"{pieces.id_to_piece(number)}\t{pieces.get_score(number):g}\n"
-        for number in range(len(pieces))
-    )
-    _write(vocabulary, "".join(lines_of_vocabulary).encode())
-    _write(output, model.getvalue())
+    return model.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -110,7 +128,7 @@ def _lines(
 ) -> Iterator[str]:
     read = 0
     documents = read_documents(paths, json_key, input_format)
-    for document in tqdm(documents, desc="train tokenizer", unit=" documents"):
+    for document in tqdm(documents, "train tokenizer", unit=" documents", disable=None):
         for line in (document.text or "").split("\n"):
             yield from (line[i : i + 1024] for i in range(0, len(line), 1024))
         read += len((document.text or "").encode())

@@ -574,3 +574,46 @@ def test_tokenizer_training_says_what_it_cannot_read(tmp_path):
         with pytest.raises(UserError, match=r"would replace .*, an input"):
             train_tokenizer([str(path), str(tmp_path / name)], model, 300)
     assert not list(tmp_path.glob("*unfinished*"))
+
+
+@pytest.fixture
+def training(tmp_path, texts):
+    """A train-tokenizer command whose worker is busy for long, and an earlier model's name."""
+    model = tmp_path / "t.model"
+    train_tokenizer([write_jsonl(tmp_path / "a.jsonl", texts)], str(model), 300)
+    before = model.read_bytes()
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(Path(write_jsonl(path, texts)).read_bytes() * 1500)
+    process = Command(
+        tmp_path,
+        *("train-tokenizer", "--input", path, "--output", model, "--vocab-size", 8000),
+    )
+    deadline = time.monotonic() + 60
+    while not children(process):
+        assert process.is_running(), process.result()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    process.end()
+    assert model.read_bytes() == before
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_stopping_and_killing_the_training_of_a_tokenizer(training):
+    (worker,) = children(training)
+    os.kill(training.pid, signal.SIGTERM)
+    status, out, errors = training.result()
+    assert status == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == "stopped: no tokenizer was written, an earlier one stays."
+    assert "Traceback" not in errors + out
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_killed_training_of_a_tokenizer_is_an_error(training):
+    os.kill(children(training)[0], signal.SIGKILL)
+    status, out, errors = training.result()
+    assert status == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ") and "was killed by SIGKILL" in last
+    assert "Traceback" not in errors + out
