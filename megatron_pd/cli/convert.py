@@ -1,6 +1,7 @@
 """`megatron-pd convert`: stores from Megatron's cached logits, and from and to Parquet."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_pd.cli.common import add_codec_arguments, add_workers, print_store, progress_bar
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="files, or folders of .parquet files")
     parser.add_argument("--output", required=True, type=Path, help="directory of the new store")
     parser.add_argument(
-        "--corpus", help="prefix of the .bin/.idx corpus, to which the store is then bound"
+        "--corpus",
+        help="prefix of the .bin/.idx corpus, which is compared with the digests in the files, and "
+        "to which the store is bound",
     )
     parser.add_argument("--vocab-size", type=int, help="of files that to-parquet did not write")
     add_codec_arguments(parser)
@@ -71,6 +74,7 @@ def _from_parquet(args: argparse.Namespace) -> int:
             value_bits=args.value_bits,
             workers=args.workers,
             progress=progress,
+            note=lambda sentence: print(f"note: {sentence}", file=sys.stderr),
         )
     print_store(store, args.json)
     return 0

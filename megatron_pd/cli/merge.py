@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_pd.store import LogitStore, StoreError
-    from megatron_pd.store.admin.merge import concatenated, copy, joined
+    from megatron_pd.store.admin.merge import concatenated, copy, joined, joined_metadata
 
     stores = [LogitStore(path, allow_partial=not args.concatenate) for path in args.stores]
     first = stores[0].metadata
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         merged = copy(
             parts,
             Path(args.output),
-            metadata=first,
+            metadata=joined_metadata(stores),
             shard_rows=args.shard_tokens,
             workers=args.workers,
             progress=progress,

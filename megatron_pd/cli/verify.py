@@ -63,10 +63,11 @@ def _compare(store: Path, args: argparse.Namespace) -> list[str]:
     from megatron_pd.store import LogitStore
     from megatron_pd.store.admin.verify import verify_corpus
 
-    if not LogitStore(store).is_bound:
+    if unbound := LogitStore(store).unbound_documents():
         print(
-            f"note: {store} is bound to no corpus (it has no digests of the tokens), so the "
-            "documents' lengths alone are compared.",
+            f"note: {sum(map(len, unbound)):,} documents of {store} (from {unbound[0].start} to "
+            f"{unbound[-1].stop - 1}) are bound to no corpus: there are no digests of their "
+            "tokens, so their lengths alone are compared.",
             file=sys.stderr,
         )
     corpus = MegatronCorpus(args.corpus)

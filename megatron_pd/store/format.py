@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megatron_pd.store.types import Layout, StoreError
+from megatron_pd.store.types import Corpus, Layout, StoreError
 
 __all__ = [
     "DIGEST_BYTES",
@@ -36,6 +36,7 @@ __all__ = [
     "FrameHeader",
     "Manifest",
     "ShardHeader",
+    "corpus_digests",
     "is_intact",
     "lengths_digest",
     "page_crcs",
@@ -67,9 +68,18 @@ def parse_shard_name(name: str) -> range | None:
 
 
 def token_digest(tokens: np.ndarray) -> int:
-    """64-bit BLAKE2b of a document's tokens as little-endian int32, whatever their dtype is."""
+    """64-bit BLAKE2b of a document's tokens as little-endian int32, whatever their dtype is; 0 of
+    an empty document."""
+    if not len(tokens):
+        return 0
     data = np.ascontiguousarray(tokens, dtype="<i4")
     return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
+
+
+def corpus_digests(corpus: Corpus, documents: range) -> np.ndarray:
+    """`token_digest` of each of these documents: uint64 [documents]."""
+    digests = (token_digest(corpus.tokens(document)) for document in documents)
+    return np.fromiter(digests, np.uint64, len(documents))
 
 
 def lengths_digest(document_lengths: np.ndarray) -> str:

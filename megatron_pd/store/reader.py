@@ -89,7 +89,19 @@ class LogitStore:
     @property
     def is_bound(self) -> bool:
         """Whether every shard holds digests of its corpus's tokens."""
-        return all(shard.header.bound for shard in self._shards)
+        return not self.unbound_documents()
+
+    def unbound_documents(self) -> list[range]:
+        """The documents of the shards without digests of their corpus's tokens."""
+        return [shard.documents for shard in self._shards if not shard.header.bound]
+
+    def uniform_documents(self) -> list[tuple[range, tuple[bool, int]]]:
+        """The documents of each shard, with what all of them have in common and shards of one store
+        may differ in: whether they have token digests, and which statistics (a bit for each)."""
+        return [
+            (shard.documents, (shard.header.bound, shard.footer.statistics))
+            for shard in self._shards
+        ]
 
     @property
     def codecs(self) -> set[str]:

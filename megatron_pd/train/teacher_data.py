@@ -151,10 +151,12 @@ def _notes(store: LogitStore, path: str, config: PDConfig) -> list[str]:
             f"warning: about {share:.2%} of the tokens of {path} have a teacher; all others train "
             "on the LM loss alone. `megatron-pd stats` counts them."
         )
-    if not store.is_bound:
+    if unbound := store.unbound_documents():
         notes.append(
-            f"note: {path} holds no digests of its corpus's tokens, so only the documents' lengths "
-            "could be compared; `megatron-pd convert from-parquet --corpus` makes a bound store."
+            f"note: {path} holds no digests of the tokens of {sum(map(len, unbound)):,} of its "
+            f"{store.num_documents:,} documents (from {unbound[0].start} to {unbound[-1].stop - 1})"
+            ", so only their lengths could be compared; `megatron-pd convert from-parquet "
+            "--corpus` makes a bound store."
         )
     for name, limit in (("top-p", config.top_p), ("top-k", config.top_k)):
         stored = store.metadata.get(name.replace("-", "_"))

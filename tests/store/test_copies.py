@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -25,16 +26,24 @@ from megatron_pd.store.admin.verify import verify_store
 VOCAB = 211
 
 
-def write(path: Path, rng, corpus, documents: list[range], codec="compact") -> None:
+def write(
+    path: Path,
+    rng,
+    corpus,
+    documents: list[range],
+    codec="compact",
+    bound=True,
+    metadata=None,
+) -> None:
     """Shards of random rows for some documents of a corpus."""
     for shard in documents:
         with LogitStoreWriter(
             path,
             vocab_size=VOCAB,
             document_lengths=corpus.document_lengths,
-            metadata={"teacher": "random", "top_k": 8},
+            metadata=metadata or {"teacher": "random", "top_k": 8},
             codec=codec,
-            corpus=corpus,
+            corpus=corpus if bound else None,
             documents=shard,
         ) as writer:
             for document in shard:
@@ -70,6 +79,59 @@ def test_merge_of_one_corpus(tmp_path, rng, monkeypatch, codec):
     assert_same(rows_of(tmp_path / "c"), expected + rows_of(tmp_path / "a", range(20, 30)))
     LogitStore(tmp_path / "c").check_corpus(corpus, full=True)
     assert verify_store(tmp_path / "c") == [] and len(list((tmp_path / "c").iterdir())) == 2
+
+
+def test_half_a_store_stays_bound(tmp_path, rng, monkeypatch):
+    """Whatever it is joined with, and in every copy of that."""
+    corpus = RandomCorpus(rng, 30, VOCAB)
+    write(tmp_path / "bound", rng, corpus, [range(0, 7), range(20, 30)])
+    write(tmp_path / "unbound", rng, corpus, [range(7, 20)], bound=False)
+    parts = tmp_path / "bound", tmp_path / "unbound"
+    command(monkeypatch, "merge", *parts, "--output", tmp_path / "m")
+    for name, *words in (
+        ("recode", "recode", tmp_path / "m", "--shard-tokens", 10_000),
+        ("split", "split", tmp_path / "m", "--shard-tokens", 10_000),
+        ("parquet", "convert", "to-parquet", tmp_path / "m"),
+        ("back", "convert", "from-parquet", tmp_path / "parquet"),
+        ("m", "merge", *parts),  # is there
+    ):
+        command(monkeypatch, *words, "--output", tmp_path / name)
+        if name == "parquet":
+            continue
+        store = LogitStore(tmp_path / name)
+        assert store.unbound_documents() == [range(7, 20)]
+        store.check_corpus(corpus, full=True)
+        for document in np.flatnonzero(corpus.document_lengths).tolist():
+            other = copy.deepcopy(corpus)
+            other._tokens[document][-1] ^= 1
+            if document in range(7, 20):
+                store.check_corpus(other, full=True)
+            else:
+                with pytest.raises(StoreError, match=f"document {document} has other tokens"):
+                    store.check_corpus(other, full=True)
+
+
+def test_two_teachers_are_never_in_one_store(tmp_path, rng, monkeypatch, capsys):
+    """A store that doesn't know its teacher's weights joins one that does, on request."""
+    corpus = RandomCorpus(rng, 9, VOCAB)
+    for name, documents, fingerprint in (
+        ("a", range(0, 4), {"fingerprint": "aa"}),
+        ("b", range(4, 9), {"fingerprint": "bb"}),
+        ("c", range(4, 9), {}),
+        ("d", range(0, 4), {}),
+    ):
+        write(tmp_path / name, rng, corpus, [documents], metadata={"path": name, **fingerprint})
+    with pytest.raises(SystemExit):
+        command(
+            monkeypatch, "merge", tmp_path / "a", tmp_path / "b", "--ignore-metadata",
+            "--output", tmp_path / "out",
+        )  # fmt: skip
+    assert "with the fingerprint bb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for parts in ("ac", "bd"):
+        words = (*(tmp_path / name for name in parts), "--ignore-metadata")
+        command(monkeypatch, "merge", *words, "--output", tmp_path / parts)
+        assert LogitStore(tmp_path / parts).metadata["fingerprint"] == 2 * parts[0]
 
 
 @pytest.mark.parametrize("codec", ["exact", "compact"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import sys
 
 import numpy as np
@@ -60,7 +61,55 @@ def test_round_trip_is_exact(tmp_path, store, corpus, bound):
     )  # fmt: skip
     assert_same(back, store)
     assert back.metadata == store.metadata
-    assert (back.token_digests(range(25)) is not None) == bound
+    np.testing.assert_array_equal(back.token_digests(range(25)), store.token_digests(range(25)))
+    back.check_corpus(corpus, full=True)
+
+
+def with_another_token(corpus: RandomCorpus, document: int) -> RandomCorpus:
+    """The corpus with one token changed, all lengths as they were."""
+    other = copy.deepcopy(corpus)
+    tokens = other._tokens[document]
+    tokens[len(tokens) // 2] = (tokens[len(tokens) // 2] + 1) % VOCAB
+    return other
+
+
+@pytest.mark.parametrize("with_corpus", [False, True])
+def test_another_corpus_is_refused(tmp_path, rng, store, corpus, with_corpus):
+    """By a proof that went through the files, however the store came back from them."""
+    to_parquet(store, tmp_path / "p", file_rows=200)
+    document = int(rng.choice(np.flatnonzero(corpus.document_lengths)))
+    other = with_another_token(corpus, document)
+    with pytest.raises(StoreError, match=rf"document {document} has other tokens"):
+        if with_corpus:
+            from_parquet([tmp_path / "p"], tmp_path / "b", corpus=other)
+        else:
+            from_parquet([tmp_path / "p"], tmp_path / "b").check_corpus(other, full=True)
+    longer = copy.deepcopy(corpus)
+    longer.document_lengths[document] += 1
+    with pytest.raises(StoreError, match=rf"document {document} has \d+ rows, in --corpus"):
+        from_parquet([tmp_path / "p"], tmp_path / "c", corpus=longer)
+    longer.document_lengths = np.append(corpus.document_lengths, 5)
+    with pytest.raises(StoreError, match="of a store of 25 documents, --corpus has 26"):
+        from_parquet([tmp_path / "p"], tmp_path / "d", corpus=longer)
+
+
+def test_files_without_digests_are_noted(tmp_path, rng, store, corpus):
+    """And only those."""
+    unbound = tmp_path / "u"
+    with LogitStoreWriter(
+        unbound, vocab_size=VOCAB, document_lengths=corpus.document_lengths, metadata={}
+    ) as writer:
+        for document, length in enumerate(corpus.document_lengths.tolist()):
+            writer.append(document, 0, random_rows(rng, length, VOCAB, 7))
+    to_parquet(LogitStore(unbound), tmp_path / "p")
+    notes: list[str] = []
+    back = from_parquet([tmp_path / "p"], tmp_path / "b", note=notes.append)
+    assert not back.is_bound and len(notes) == 1 and "bound to no corpus" in notes[0]
+    back = from_parquet([tmp_path / "p"], tmp_path / "c", corpus=corpus, note=notes.append)
+    assert back.is_bound and "nothing tells whether --corpus" in notes[1]
+    to_parquet(store, tmp_path / "q")
+    from_parquet([tmp_path / "q"], tmp_path / "d", note=notes.append)
+    assert len(notes) == 2
 
 
 def test_schema_is_what_is_promised(tmp_path, store):

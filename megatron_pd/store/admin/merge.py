@@ -28,6 +28,8 @@ __all__ = [
     "copy",
     "even_ranges",
     "joined",
+    "joined_metadata",
+    "plan_copies",
     "plan_shards",
     "whole",
 ]
@@ -84,6 +86,12 @@ def concatenated(stores: Sequence[LogitStore]) -> list[DocumentRange]:
     return [part for store in stores for part in whole(store)]
 
 
+def joined_metadata(stores: Sequence[LogitStore]) -> dict[str, Any]:
+    """The first one's, and the fingerprint of the teacher where any of them knows it."""
+    known = [store.metadata["fingerprint"] for store in stores if "fingerprint" in store.metadata]
+    return {**stores[0].metadata, **({"fingerprint": known[0]} if known else {})}
+
+
 def plan_shards(document_lengths: np.ndarray, rows: int = SHARD_ROWS) -> list[range]:
     """Contiguous document ranges of about equally many rows, and of about `rows` at most."""
     return even_ranges(document_lengths, -(-int(document_lengths.sum()) // rows))
@@ -100,6 +108,32 @@ def even_ranges(document_lengths: np.ndarray, count: int) -> list[range]:
     bounds = np.searchsorted(ends, np.arange(1, count) * (total / count), side="right")
     edges = np.unique([0, *bounds, len(document_lengths)])
     return [range(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+
+def plan_copies(
+    parts: Sequence[DocumentRange], document_lengths: np.ndarray, rows: int = SHARD_ROWS
+) -> list[range]:
+    """The shards of a copy of `parts`, as `plan_shards` has them, but none with documents of
+    which only some have token digests, or a statistic: a shard has them for all or for none."""
+    edges, before, first = set(), None, 0
+    for part in parts:
+        for documents, traits in part.store.uniform_documents():
+            start = max(documents.start, part.documents.start)
+            if start < min(documents.stop, part.documents.stop) and traits != before:
+                edges.add(first + start - part.documents.start)
+                before = traits
+        first += len(part.documents)
+    return [
+        range(start, stop)
+        for documents in plan_shards(document_lengths, rows)
+        for start, stop in itertools.pairwise(
+            [
+                documents.start,
+                *sorted(edge for edge in edges if documents.start < edge < documents.stop),
+                documents.stop,
+            ]
+        )
+    ]
 
 
 def copy(
@@ -143,7 +177,8 @@ def copy(
                 writer.append_block(row, block)
                 report(block.rows)
 
-    for _ in run_jobs(write, plan_shards(source.lengths, shard_rows), workers, progress):
+    shards = plan_copies(parts, source.lengths, shard_rows)
+    for _ in run_jobs(write, shards, workers, progress):
         pass
     new = LogitStore(path)
     source.check_nothing_lost(new)
@@ -163,6 +198,7 @@ class _Source:
                         f"{store.path} has {name} {here}, {first.path} has {there}: such rows "
                         "cannot be in one store."
                     )
+        _check_one_teacher(parts)
         bits = sorted({bits for part in parts for bits in part.store.value_bits})
         if len(bits) > 1:
             raise StoreError(
@@ -183,7 +219,7 @@ class _Source:
         self._firsts = np.cumsum([0, *(len(part.documents) for part in parts)])
 
     def digests(self, documents: range) -> np.ndarray | None:
-        """Token digests of these documents; None where some come from an unbound shard."""
+        """Token digests of a shard's documents; None where they come from unbound shards."""
         digests = [np.zeros(0, np.uint64)]
         for store, there, _ in self._pieces(documents):
             found = store.token_digests(there)
@@ -225,6 +261,22 @@ class _Source:
                 rows = int(self.lengths[at:stop].sum())
                 yield part.store, range(begin + at, begin + stop), rows
             at, index = stop, index + 1
+
+
+def _check_one_teacher(parts: Sequence[DocumentRange]) -> None:
+    """Paths and names may differ; weights may not."""
+    known = {
+        part.store.metadata["fingerprint"]: part.store
+        for part in parts
+        if part.store.metadata.get("fingerprint") is not None
+    }
+    if len(known) > 1:
+        (one, first), (other, second) = list(known.items())[:2]
+        raise StoreError(
+            f"{second.path} is of a teacher with the fingerprint {other}, {first.path} of one with "
+            f"{one}: their weights differ, so their rows can't be in one store. Join stores of one "
+            "teacher, or dump the documents of one of them again."
+        )
 
 
 def _present(store: LogitStore) -> list[range]:

@@ -8,25 +8,30 @@ A row per token, by document and offset:
 
 A token without a teacher has empty lists. The schema's metadata has, under the key `megatron-pd`,
 JSON: vocab_size, draws (0, or of the kind `sampled`), documents (of the whole store),
-first_document and stop_document (of this file), store_id, and the store's metadata.
+first_document and stop_document (of this file), store_id, and the store's metadata, which tells
+the teacher and how it was dumped. Under `megatron-pd.token-digests`, where the store is bound to
+its corpus: a digest of the tokens of each of the file's documents (uint64 as little-endian bytes,
+in base64; 0 for an empty document).
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.admin.merge import plan_shards
+from megatron_pd.store.admin.merge import plan_copies, whole
 from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.scan import scan
 from megatron_pd.store.codecs import Codec
+from megatron_pd.store.format import corpus_digests
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
 from megatron_pd.store.writer import LogitStoreWriter
@@ -34,6 +39,7 @@ from megatron_pd.store.writer import LogitStoreWriter
 __all__ = ["from_parquet", "to_parquet"]
 
 _METADATA_KEY = b"megatron-pd"
+_DIGESTS_KEY = b"megatron-pd.token-digests"
 _FILE_ROWS = 1 << 24
 _GROUP_ROWS = 1 << 16
 _BATCH_ROWS = 1 << 13
@@ -69,15 +75,22 @@ def to_parquet(
     )
 
     def write(documents: range, report: Progress) -> Path:
-        described = _description(store, documents)
+        described, digests = _description(store, documents), store.token_digests(documents)
         path = folder / f"{documents.start:012d}-{documents.stop:012d}.parquet"
         if path.exists():
-            if _open(path).metadata != described:
-                raise StoreError(f"{path} is in the way: it was not made from {store.path}.")
+            there = _open(path)
+            if there.metadata != described or not _same(there.digests, digests):
+                raise StoreError(
+                    f"{path} is in the way: it was not made from {store.path}, or by another "
+                    "release of megatron_pd. Delete it, or choose another folder."
+                )
             report(sum(store.document_length(document) for document in documents))
             return path
         scratch = path.with_suffix(".partial")
-        full_schema = schema.with_metadata({_METADATA_KEY: json.dumps(described)})
+        metadata = {_METADATA_KEY: json.dumps(described).encode()}
+        if digests is not None:
+            metadata[_DIGESTS_KEY] = base64.b64encode(digests.astype("<u8").tobytes())
+        full_schema = schema.with_metadata(metadata)
         with pq.ParquetWriter(scratch, full_schema, compression="zstd") as writer:
             for table in _tables(store, documents, full_schema):
                 writer.write_table(table)
@@ -87,7 +100,7 @@ def to_parquet(
         scratch.rename(path)
         return path
 
-    jobs = plan_shards(store.document_lengths, file_rows)
+    jobs = plan_copies(whole(store), store.document_lengths, file_rows)
     return sorted(path for _, path in run_jobs(write, jobs, workers, progress))
 
 
@@ -102,6 +115,7 @@ def from_parquet(
     value_bits: int = 10,
     workers: int = 1,
     progress: Progress = lambda rows: None,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> LogitStore:
     """Writes the store of Parquet files, or what is missing of it: a shard per file.
 
@@ -110,11 +124,14 @@ def from_parquet(
 
     Args:
         vocab_size, metadata: of files that `to_parquet` did not write.
-        corpus: binds the store, and says how long documents are whose rows are not all in the
-            files; only files of `to_parquet`, which hold them all, can do without.
+        corpus: compared with the files' digests of its tokens; binds the store, and says how long
+            documents are whose rows are not all in the files. Only files of `to_parquet`, which
+            hold all rows, can do without: the store is then bound by their digests.
         progress: is told rows.
+        note: is told what could not be compared.
     Raises:
-        StoreError: pyarrow is missing; files that can't be read, or don't fit together.
+        StoreError: pyarrow is missing; files that can't be read, don't fit together, or are of
+            another corpus.
     """
     sources = [_open(file) for file in _files(files)]
     described = [source.metadata for source in sources if source.metadata is not None]
@@ -137,15 +154,23 @@ def from_parquet(
             f"{sources[0].path} was not written by `convert to-parquet`, so its last rows may not "
             "be documents' last tokens: give --corpus."
         )
-    if corpus is not None:
-        lengths = corpus.document_lengths
-    else:
-        lengths = _lengths(sources, described[0]["documents"])
     sources.sort(key=lambda source: source.documents.start)
+    lengths = _lengths(sources, described[0]["documents"]) if own else None
+    if corpus is not None:
+        if lengths is not None:
+            _check_lengths(sources[0].path, lengths, corpus)
+        lengths = corpus.document_lengths
+    assert lengths is not None
+    for sentence in _not_compared(sources, corpus is not None):
+        note(sentence)
     shards = _shards(sources, len(lengths), own)
 
     def write(job: tuple[int, range], report: Progress) -> None:
         source, documents = sources[job[0]], job[1]
+        digests = source.digests
+        if corpus is not None:
+            digests = corpus_digests(corpus, documents)
+            source.check_digests(digests, documents)
         with LogitStoreWriter(
             path,
             vocab_size=vocab_size,
@@ -153,7 +178,7 @@ def from_parquet(
             metadata=metadata or {},
             codec=codec,
             value_bits=value_bits,
-            corpus=corpus,
+            token_digests=digests,
             documents=documents,
             kind="sampled" if draws else "top",
             draws=draws,
@@ -242,11 +267,13 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 @dataclass
 class _ParquetFile:
-    """A file of rows; `documents` are those it speaks of."""
+    """A file of rows; `documents` are those it speaks of, `digests` uint64 of their tokens, where
+    `to_parquet` wrote them."""
 
     path: Path
     file: Any
     metadata: dict[str, Any] | None
+    digests: np.ndarray | None
 
     def __post_init__(self) -> None:
         names = self.file.schema_arrow.names
@@ -256,7 +283,13 @@ class _ParquetFile:
         self.statistics = [name for name in STATISTICS if name in names]
         if self.metadata is not None:
             self.documents = range(self.metadata["first_document"], self.metadata["stop_document"])
+            if self.digests is not None and len(self.digests) != len(self.documents):
+                raise StoreError(
+                    f"{self.path}: {len(self.digests)} digests of tokens for "
+                    f"{len(self.documents)} documents. Export the file again: convert to-parquet."
+                )
             return
+        self.digests = None
         first, last = -1, -1
         for batch in self._batches(["document"]):
             documents = batch.column("document").to_numpy()
@@ -264,6 +297,21 @@ class _ParquetFile:
                 first = int(documents[0]) if first < 0 else first
                 last = int(documents[-1])
         self.documents = range(first, last + 1)
+
+    def check_digests(self, corpus_digests: np.ndarray, documents: range) -> None:
+        """StoreError unless the file's documents have these digests (uint64, of `documents`, among
+        which the file's are)."""
+        if self.digests is None:
+            return
+        first = self.documents.start - documents.start
+        there = corpus_digests[first : first + len(self.documents)]
+        differ = (there != self.digests) & (there != 0)  # stores had other digests of no tokens
+        if differ.any():
+            raise StoreError(
+                f"{self.path}: document {self.documents.start + int(differ.argmax())} has other "
+                "tokens in --corpus than in the corpus that the teacher read. Give that corpus, "
+                "or dump this one."
+            )
 
     def lengths(self) -> np.ndarray:
         """Rows of each of its documents."""
@@ -324,8 +372,14 @@ def _open(path: Path) -> _ParquetFile:
     pa, pq = _pyarrow()
     try:
         file = pq.ParquetFile(path)
-        metadata = (file.schema_arrow.metadata or {}).get(_METADATA_KEY)
-        return _ParquetFile(path, file, None if metadata is None else json.loads(metadata))
+        found = file.schema_arrow.metadata or {}
+        metadata, digests = found.get(_METADATA_KEY), found.get(_DIGESTS_KEY)
+        return _ParquetFile(
+            path,
+            file,
+            None if metadata is None else json.loads(metadata),
+            None if digests is None else np.frombuffer(base64.b64decode(digests), "<u8"),
+        )
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, StoreError):
             raise
@@ -346,6 +400,38 @@ def _lengths(sources: list[_ParquetFile], documents: int) -> np.ndarray:
     for source in sources:
         lengths[source.documents.start : source.documents.stop] += source.lengths()
     return lengths
+
+
+def _check_lengths(path: Path, lengths: np.ndarray, corpus: Corpus) -> None:
+    """StoreError unless the files' documents are as long as those of the corpus."""
+    there = corpus.document_lengths
+    if len(lengths) != len(there):
+        raise StoreError(
+            f"{path}: of a store of {len(lengths)} documents, --corpus has {len(there)}. Give the "
+            "corpus that the teacher read."
+        )
+    if (differ := lengths != there).any():
+        document = int(differ.argmax())
+        raise StoreError(
+            f"{path} and its like: document {document} has {lengths[document]} rows, in --corpus "
+            f"{there[document]} tokens. Give the corpus that the teacher read."
+        )
+
+
+def _not_compared(sources: list[_ParquetFile], with_corpus: bool) -> list[str]:
+    """A sentence where some files have no digests."""
+    lacking = [source for source in sources if source.digests is None]
+    if not lacking:
+        return []
+    files = f"{lacking[0].path}" + (f" and {len(lacking) - 1} more" if len(lacking) > 1 else "")
+    without = f"{files} without digests of the corpus's tokens"
+    if with_corpus:
+        return [f"{without}: nothing tells whether --corpus is the one that the teacher read."]
+    return [f"{without}: the store of them is bound to no corpus. --corpus binds it."]
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b is None or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def _shards(sources: list[_ParquetFile], documents: int, complete: bool) -> list[range]:

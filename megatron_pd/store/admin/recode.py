@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_pd.store.admin.merge import plan_shards
+from megatron_pd.store.admin.merge import plan_copies, whole
 from megatron_pd.store.admin.parallel import Progress, run_jobs
 from megatron_pd.store.admin.scan import scan
 from megatron_pd.store.codecs import Codec, CompactCodec, codec_named
@@ -76,7 +76,9 @@ def recode(
                     offset += len(rows)
                     report(len(rows))
 
-    shards = plan_shards(lengths, shard_rows) if shard_rows else store.shard_documents
+    shards = store.shard_documents
+    if shard_rows:
+        shards = plan_copies(whole(store), lengths, shard_rows)
     for _ in run_jobs(write, shards, workers, progress):
         pass
     return LogitStore(path)
