@@ -8,8 +8,10 @@ at s + 1, which is label s. Where a span ends with its document, that last row i
 document's first token has no teacher.
 """
 
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,9 +118,17 @@ class PDGPTDataset(GPTDataset):
         values[counts == 0] = 1.0
 
 
+# Megatron names its caches of sample indices after the class, and the indices are the same: one
+# cache serves a run with and without distillation.
+PDGPTDataset.__name__ = GPTDataset.__name__
+
+
 def dataset_fields(args: Any) -> dict[str, Any]:
     """GPTDatasetConfig's fields from Megatron's arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        sequences_per_dataset = json.loads(Path(args.per_dataset_sequences_path).read_bytes())
     return {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -139,6 +149,7 @@ def dataset_fields(args: Any) -> dict[str, Any]:
         "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
         "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
         "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": sequences_per_dataset,
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
     }
 

@@ -70,6 +70,8 @@ def install() -> Literal["cpu", "cuda"]:
     # DataLoader would start a pinning thread, and DDP would ask for the accelerator's streams.
     torch.accelerator.is_available = _always(False)
     torch.accelerator.current_device_index = _always(0)
+    # PyTorch looks at the stream's type before it asks the mode.
+    torch.Tensor.record_stream = _always(None)  # type: ignore[method-assign]
     _drop_device_id_of_init_process_group()
     # The processes that write checkpoints beside training start anew, from a server that imports
     # these; whether they come here through the main module depends on how that was started.

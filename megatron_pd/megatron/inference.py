@@ -22,14 +22,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from megatron_pd.data.windows import Batch
 from megatron_pd.megatron.arguments import HelpFormatter
-from megatron_pd.megatron.launch import be_one_process_without_torchrun, validated_args
+from megatron_pd.megatron.launch import (
+    be_one_process_without_torchrun,
+    config_of_args,
+    parsed_args,
+    validated_args,
+)
 from megatron_pd.megatron.patches import skip_helpers_compilation
 
 __all__ = ["ForwardOnlyModel", "load_model"]
@@ -134,13 +137,13 @@ def load_model(
         )
         return add_arguments(parser)
 
-    parsed = parse_args(extra_arguments)
+    parsed = parsed_args(extra_arguments)
     _refuse_early(parsed)
     check(parsed)
     args = validated_args(extra_arguments)
     _refuse_interleaved_stages(args)
     skip_helpers_compilation()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    config = config_of_args(args)
     initialize_megatron()
     (module,), _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

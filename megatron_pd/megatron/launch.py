@@ -1,16 +1,19 @@
 """How a run starts: by torchrun or from a prompt, and with flags that Megatron takes."""
 
+import contextlib
 import os
 import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_pd.errors import UserError
 
-__all__ = ["be_one_process_without_torchrun", "validated_args"]
+__all__ = ["be_one_process_without_torchrun", "config_of_args", "parsed_args", "validated_args"]
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TASKS = {
@@ -51,18 +54,42 @@ def be_one_process_without_torchrun() -> None:
     )
 
 
+def parsed_args(extra_arguments: Callable[[Any], Any]) -> Any:
+    """`sys.argv` by Megatron's parser. Raises UserError where Megatron refuses the flags."""
+    if "--yaml-cfg" in (argument.partition("=")[0] for argument in sys.argv):
+        raise UserError(
+            "--yaml-cfg takes the place of all flags in Megatron, of those that it doesn't know "
+            "and of this machine's defaults too: give what the file says as flags."
+        )
+    with _refusals_are_user_errors():
+        return parse_args(extra_arguments)
+
+
 def validated_args(extra_arguments: Callable[[Any], Any]) -> Any:
-    """`sys.argv` by Megatron's parser, checked by Megatron.
+    """`sys.argv` by Megatron's parser, checked by Megatron, which makes them its own arguments.
 
     Raises:
-        UserError: Megatron refuses the flags. It does so by assertions, most of them without a
-            text: then the condition itself is quoted.
+        UserError: Megatron refuses the flags.
     """
-    try:
+    with _refusals_are_user_errors():
         return parse_and_validate_args(extra_arguments)
+
+
+def config_of_args(args: Any) -> Any:
+    """What `pretrain()` takes, of a GPT. Raises UserError where Megatron refuses the flags."""
+    with _refusals_are_user_errors():
+        return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+
+
+@contextlib.contextmanager
+def _refusals_are_user_errors() -> Iterator[None]:
+    """Megatron refuses flags by exceptions, and many of its assertions have no text: then the
+    condition itself is quoted."""
+    try:
+        yield
     except UserError:
         raise
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError, RuntimeError, ImportError, NotImplementedError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split()) or frame.line
         raise UserError(

@@ -11,11 +11,14 @@ import torch
 from megatron.core import Timers
 from megatron.core.datasets import utils as datasets_utils
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.training import training
 
+from megatron_pd.megatron import cpu
 from megatron_pd.megatron.arguments import LearningRate
 
 __all__ = [
+    "count_experts_tokens_on_cpu",
     "keep_scheduler",
     "print_timer",
     "resume_distributed_optimizer",
@@ -49,6 +52,20 @@ def print_timer(timers: Timers, name: str) -> None:
         original([*names, name] if belongs else names, *args, **options)
 
     timers.log = log
+
+
+def count_experts_tokens_on_cpu() -> None:
+    """Let `--moe-token-dispatcher-type alltoall` send its tokens where "cuda" is the CPU.
+
+    The numbers that it sends to each rank become Python's on their way from the GPU, and stay
+    tensors, which the collective refuses, where they are on the CPU already.
+    """
+    if cpu.is_cpu():
+        token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def keep_scheduler() -> Callable[[], LearningRate | None]:

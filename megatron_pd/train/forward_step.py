@@ -7,13 +7,14 @@ Axes: S sequence, B micro-batch.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from megatron_pd.data.batch import get_batch
@@ -54,24 +55,39 @@ class Distillation:
         return resolved_config(self.config, self.schedule, self.total_samples)
 
 
+_SPIKE = 10
+"""A loss so many times the largest one so far is a spike (`--check-for-spiky-loss`)."""
+
+_straggler = StragglerDetector()
+"""Megatron's one detector of slow ranks. Asking for it again would switch it off."""
+
+
 def forward_step(
     iterator: Iterator[dict[str, torch.Tensor]] | None,
     model: torch.nn.Module,
+    return_schedule_plan: bool = False,
     *,
     distillation: Distillation | None,
-) -> tuple[torch.Tensor, Any]:
-    """One micro-batch through this pipeline stage (Megatron's forward step)."""
+) -> tuple[Any, Any]:
+    """One micro-batch through this pipeline stage (Megatron's forward step).
+
+    Args:
+        return_schedule_plan: give the plan of the forward pass, which Megatron interleaves with
+            another micro-batch's backward pass, instead of its output
+            (`--overlap-moe-expert-parallel-comm`).
+    """
     args, timers = get_args(), get_timers()
     # Validation measures the language model alone, with or without distillation in training.
     distils = distillation if model.training else None
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(
-        iterator,
-        vp_stage=get_attr_wrapped_model(model, "vp_stage"),
-        config=get_attr_wrapped_model(model, "config"),
-        teacher_columns=distils.data.columns if distils else 0,
-        teacher_statistic=distils.data.statistic if distils else None,
-    )
+    with _watched(args, bdata=True):
+        batch = get_batch(
+            iterator,
+            vp_stage=get_attr_wrapped_model(model, "vp_stage"),
+            config=get_attr_wrapped_model(model, "config"),
+            teacher_columns=distils.data.columns if distils else 0,
+            teacher_statistic=distils.data.statistic if distils else None,
+        )
     timers("batch-generator").stop()
     inputs = {
         "input_ids": batch["tokens"],
@@ -80,20 +96,28 @@ def forward_step(
         "labels": batch["labels"],
         "loss_mask": batch["loss_mask"],
     }
+    loss: Callable[..., Any] = functools.partial(lm_loss, batch["loss_mask"])
     teacher = TeacherTargets.from_batch(batch)
-    if distils is None or teacher is None:
-        return model(**inputs), functools.partial(lm_loss, batch["loss_mask"])
-    losses_2BS = model(
-        **inputs,
-        output_processor=distillation_output_processor,
-        output_processor_context=DistillationContext(
+    if distils is not None and teacher is not None:
+        inputs["output_processor"] = distillation_output_processor
+        inputs["output_processor_context"] = DistillationContext(
             distils.config,
             teacher,
             tp_group=get_attr_wrapped_model(model, "tp_group"),
             sequence_parallel=args.sequence_parallel,
-        ),
-    )
-    return losses_2BS, functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
+        )
+        loss = functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
+    run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
+    with _watched(args, bdata=False):
+        return run(**inputs), loss
+
+
+def _watched(args: Any, *, bdata: bool) -> AbstractContextManager[Any]:
+    """What runs in it is timed under `--log-straggler`.
+
+    Without it, the detector would still log what is raised, with a traceback.
+    """
+    return _straggler(bdata=bdata) if args.log_straggler else nullcontext()
 
 
 Metrics = dict[str, torch.Tensor]
@@ -111,7 +135,7 @@ def lm_loss(
     """
     loss = (losses_BS.float() * loss_mask_BS).sum()
     tokens = loss_mask_BS.sum()
-    _check_finite(loss)
+    _check(loss)
     return loss, tokens.int(), {"lm loss": _ratio(loss, tokens)}
 
 
@@ -132,7 +156,7 @@ def pd_loss(
     taught_BS = (counts_BS > 0) * loss_mask_BS
     loss = (mix(alpha, lm_BS, kd_BS, counts_BS) * loss_mask_BS).sum()
     tokens = loss_mask_BS.sum()
-    _check_finite(loss)
+    _check(loss)
     return (
         loss,
         tokens.int(),
@@ -151,15 +175,25 @@ def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return torch.stack([total.detach().float(), count.detach().float() + tiny])
 
 
-def _check_finite(loss: torch.Tensor) -> None:
+def _check(loss: torch.Tensor) -> None:
     """As Megatron's own loss function does: its rerun machine tells a bad node from bad maths."""
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
-    for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-        get_rerun_state_machine().validate_result(
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejection, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejection,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
             result=loss,
-            rejection_func=rejection,
-            message=f"found {what} in local forward loss calculation",
+            rejection_func=functools.partial(
+                machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"
+            ),
+            message="Spiky loss",
             tolerance=0.0,
-            fatal=True,
+            fatal=False,
         )

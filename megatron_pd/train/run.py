@@ -11,13 +11,11 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_args
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 
 from megatron_pd.data.batch import ROWS_TIMER, builds_dataset
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
-from megatron_pd.errors import UserError
 from megatron_pd.megatron import cpu, optional_kernels
 from megatron_pd.megatron.arguments import (
     LearningRate,
@@ -26,12 +24,24 @@ from megatron_pd.megatron.arguments import (
     pd_config_from_args,
     total_samples,
 )
-from megatron_pd.megatron.launch import be_one_process_without_torchrun, validated_args
+from megatron_pd.megatron.launch import (
+    be_one_process_without_torchrun,
+    config_of_args,
+    parsed_args,
+    validated_args,
+)
 from megatron_pd.megatron.patches import (
+    count_experts_tokens_on_cpu,
     keep_scheduler,
     print_timer,
     resume_distributed_optimizer,
     skip_helpers_compilation,
+)
+from megatron_pd.megatron.unsupported import (
+    check_checkpoint,
+    check_flags,
+    check_sequence_counts,
+    check_splits,
 )
 from megatron_pd.train.forward_step import Distillation, forward_step
 from megatron_pd.train.resolved_config import (
@@ -49,15 +59,20 @@ def main() -> int:
     Without torchrun, this is a run of one process.
     """
     be_one_process_without_torchrun()
-    _refuse_early(parse_args(_extra_arguments))
+    _refuse_early(parsed_args(_extra_arguments))
     args = validated_args(_extra_arguments)
     distillation = _build_distillation(args)
-    saved = args_of_checkpoint(args) if args.rank == 0 else None
-    _check_layout(args, saved)
-    _check_wsd(args, saved)
+    saved = None
+    if args.rank == 0:
+        check_splits(args)
+        check_sequence_counts(args, get_tokenizer().vocab_size)
+        saved = args_of_checkpoint(args)
+        if saved is not None:
+            check_checkpoint(args, saved)
     skip_helpers_compilation()
     resume_distributed_optimizer()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    count_experts_tokens_on_cpu()
+    config = config_of_args(args)
     provider: Any = functools.partial(
         _provide_datasets,
         distillation=distillation,
@@ -70,8 +85,21 @@ def main() -> int:
         provider,
         ModelType.encoder_or_decoder,
         functools.partial(forward_step, distillation=distillation),
+        get_embedding_ranks=functools.partial(_embedding_ranks, args, config.model.transformer),
     )
     return 0
+
+
+def _embedding_ranks(args: Any, model_config: Any, stages: list[int]) -> list[int]:
+    """Of a pipeline's ranks, those with a copy of the word embeddings, which Megatron keeps equal.
+
+    By itself Megatron takes the first and the last, and would leave a stage of multi-token
+    prediction between them with embeddings of its own.
+    """
+    ranks = {stages[0], *get_mtp_ranks(stages, model_config)}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(stages[-1])
+    return sorted(ranks)
 
 
 def _begin(
@@ -112,37 +140,6 @@ def _report(args: Any, saved: Any | None) -> str:
     return "\n".join(lines)
 
 
-def _check_layout(args: Any, saved: Any | None) -> None:
-    """Megatron 0.19 names another flag than the one that a change of TP or PP needs."""
-    if saved is None or args.no_load_optim or not saved.use_distributed_optimizer:
-        return
-    layouts = [
-        (run.tensor_model_parallel_size, run.pipeline_model_parallel_size) for run in (saved, args)
-    ]
-    if layouts[0] != layouts[1] and not getattr(saved, "dist_ckpt_optim_fully_reshardable", True):
-        raise UserError(
-            f"The checkpoint in {args.load} was saved with tensor and pipeline parallelism of "
-            f"{layouts[0][0]} and {layouts[0][1]}, this run has {layouts[1][0]} and "
-            f"{layouts[1][1]}, and its distributed optimizer's state fits the first alone: go on "
-            "in the old layout until a checkpoint was saved with "
-            "--dist-ckpt-optim-fully-reshardable, or give --no-load-optim to go on from the "
-            "weights with a new optimizer and learning rate."
-        )
-
-
-def _check_wsd(args: Any, saved: Any | None) -> None:
-    """Megatron 0.19 keeps the phases of a WSD learning rate in checkpoints, but not its decay."""
-    if saved is None or not args.use_checkpoint_opt_param_scheduler:
-        return
-    unit = "iters" if args.train_iters else "samples"
-    if saved.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
-        raise UserError(
-            f"--use-checkpoint-opt-param-scheduler: the learning rate of the checkpoint in "
-            f"{args.load} is WSD, and Megatron keeps all of it but the decay's length and style: "
-            f"give --lr-wsd-decay-{unit} and --lr-wsd-decay-style too."
-        )
-
-
 def _extra_arguments(parser):
     cpu.set_cpu_defaults(parser)
     optional_kernels.set_gpu_defaults(parser)
@@ -155,22 +152,7 @@ def _refuse_early(args: Any) -> None:
     """What Megatron would refuse with an assertion, or not at all, is refused with a sentence."""
     cpu.check_cpu_args(args)
     optional_kernels.check_gpu_args(args)
-    config = pd_config_from_args(args)
-    unsupported = {
-        "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
-        "--hybrid-context-parallel": args.hybrid_context_parallel,
-        "--sft": args.sft,
-        "--fim-data": args.fim_data,
-        "--mock-data (with --pd-* flags)": args.mock_data and config is not None,
-        "--logits-load-dir": args.logits_load_dir,
-        "--logits-save-dir": args.logits_save_dir,
-    }
-    for flag, given in unsupported.items():
-        if given:
-            raise UserError(
-                f"{flag} is not supported by megatron_pd.pretrain, which trains on the tokens of "
-                "--data-path and on their logit store: drop the flag."
-            )
+    check_flags(args, distils=pd_config_from_args(args) is not None)
 
 
 def _build_distillation(args: Any) -> Distillation | None:

@@ -10,7 +10,7 @@ from megatron_pd.train import forward_step
 
 @pytest.fixture(autouse=True)
 def checks(monkeypatch):
-    args = SimpleNamespace(check_for_nan_in_loss_and_grad=False)
+    args = SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
     monkeypatch.setattr(forward_step, "get_args", lambda: args)
 
 

@@ -6,9 +6,9 @@ Starting Megatron takes ten seconds a process, its training a tiny model two. So
 imports everything, starts no thread, and forks the ranks of each job with the environment that
 torchrun would give them. A rank that fails takes the others down, as torchrun does.
 
-Job: {"module": …, "argv": […], "ranks": n, "log": path, "kill_when": path or null}. With
-`kill_when`, all ranks get SIGKILL as soon as that file exists. Result: {"statuses": […]}, exit
-statuses by rank, or −signal.
+Job: {"module": …, "argv": […], "ranks": n, "log": path, "kill_when": path or null, "environment":
+{…}}. With `kill_when`, all ranks get SIGKILL as soon as that file exists. Result: {"statuses":
+[…]}, exit statuses by rank, or −signal.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ MODULES = (
     "logits_job",
     "prefetch_job",
     "second_node_job",
+    "stock_job",
     "unsampled_job",
     "validate_job",
 )
@@ -56,6 +57,7 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
             LOCAL_WORLD_SIZE=str(job["ranks"]),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            **job["environment"],
         )
         sys.argv = [job["module"], *job["argv"]]
         with reporting_errors():
@@ -68,9 +70,17 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
         # Megatron's checkpoints start a helper that outlives a process which ends by _exit.
         for helper in multiprocessing.active_children():
             helper.terminate()
+        flush_tensorboard()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def flush_tensorboard() -> None:
+    """What was logged last, of the evaluation after training, would be lost by _exit."""
+    writer = importlib.import_module("megatron.training").get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
 
 
 def free_port() -> int:

@@ -1,11 +1,11 @@
-"""What is refused before training starts, and what a run is."""
+"""What of Megatron is refused before training starts."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_pd.errors import UserError
-from megatron_pd.train.run import _check_layout
+from megatron_pd.megatron.unsupported import check_checkpoint
 
 
 def layout(tensor: int, pipeline: int, *, reshardable: bool = False, **settings) -> SimpleNamespace:
@@ -17,6 +17,8 @@ def layout(tensor: int, pipeline: int, *, reshardable: bool = False, **settings)
             "load": "ckpt",
             "no_load_optim": False,
             "use_distributed_optimizer": True,
+            "use_checkpoint_opt_param_scheduler": False,
+            "train_iters": 9,
             **settings,
         },
     )
@@ -26,9 +28,8 @@ def test_a_distributed_optimizer_saved_for_one_layout_is_refused_in_another():
     saved = layout(2, 1)
     for changed in (layout(1, 1), layout(2, 2), layout(1, 2, reshardable=True)):
         with pytest.raises(UserError, match=r"2 and 1.*--dist-ckpt-optim-fully-reshardable"):
-            _check_layout(changed, saved)
+            check_checkpoint(changed, saved)
     for fits in (layout(2, 1), layout(1, 1, no_load_optim=True)):
-        _check_layout(fits, saved)
-    _check_layout(layout(1, 2), layout(2, 1, reshardable=True))
-    _check_layout(layout(1, 2), layout(2, 1, use_distributed_optimizer=False))
-    _check_layout(layout(1, 2), None)
+        check_checkpoint(fits, saved)
+    check_checkpoint(layout(1, 2), layout(2, 1, reshardable=True))
+    check_checkpoint(layout(1, 2), layout(2, 1, use_distributed_optimizer=False))
