@@ -76,7 +76,7 @@ def token_digest(tokens: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest(), "little")
 
 
-def corpus_digests(corpus: Corpus, documents: range) -> np.ndarray:
+def corpus_digests(corpus: Corpus, documents: range | np.ndarray) -> np.ndarray:
     """`token_digest` of each of these documents: uint64 [documents]."""
     digests = (token_digest(corpus.tokens(document)) for document in documents)
     return np.fromiter(digests, np.uint64, len(documents))

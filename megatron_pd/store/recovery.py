@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_pd.store.files import AppendFile
 from megatron_pd.store.format import FrameHeader, ShardHeader, is_intact
+from megatron_pd.store.identity import check_header
 from megatron_pd.store.types import StoreError
 
 __all__ = ["recover"]
@@ -32,9 +33,12 @@ def recover(
         file.sync()
         return
     if there != header:
+        if is_intact(there):
+            begun = ShardHeader.from_bytes(there, file.path)
+            check_header(file.path, begun, ShardHeader.from_bytes(header, file.path))
         raise StoreError(
-            f"{file.path}: an unfinished shard of another dump (other teacher, corpus, codec or "
-            "settings) is in the way. Finish it with its own settings, or delete it."
+            f"{file.path}: an unfinished shard without a sound header is in the way. Delete it, "
+            "and its documents are dumped again."
         )
     end = len(header)
     for frame, payload, offset in _frames(file):

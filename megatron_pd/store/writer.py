@@ -33,8 +33,10 @@ from megatron_pd.store.format import (
     shard_name,
     token_digest,
 )
+from megatron_pd.store.identity import check_digests, check_manifest
 from megatron_pd.store.pending import PendingRows
 from megatron_pd.store.ragged import RaggedRows
+from megatron_pd.store.shard import Shard
 from megatron_pd.store.types import STATISTICS, Corpus, Layout, StoreError, TeacherRows
 
 __all__ = ["LogitStoreWriter"]
@@ -43,6 +45,7 @@ __all__ = ["LogitStoreWriter"]
 # for short sequences; half as many rows a block would cost almost 1% more bytes.
 BLOCK_ROWS = 256
 BUFFER_BYTES = 16 << 20
+_COMPARED_DOCUMENTS = 1 << 12
 Kind = Literal["top", "sampled"]
 
 
@@ -102,7 +105,8 @@ class LogitStoreWriter:
         self._layout = layout
         self._codec = _codec(path, codec)
         self._corpus = corpus
-        self._bound = corpus is not None or token_digests is not None
+        self._digests_from = corpus if token_digests is None else np.asarray(token_digests)
+        self._bound = self._digests_from is not None
         self._flush_rows, self._unflushed_rows = flush_rows, 0
         self._rows = DocumentRows(lengths[self.documents.start : self.documents.stop])
         if token_digests is not None:
@@ -218,6 +222,7 @@ class LogitStoreWriter:
             raise write_error(self.path, error) from error
         manifest = _publish_manifest(self.path / MANIFEST_NAME, self._manifest)
         if self._final.exists():
+            self._check_finished(manifest)
             self._rows.durable[:] = self._rows.appended[:] = np.diff(self._rows.starts)
             return None
         self._check_overlap()
@@ -235,11 +240,36 @@ class LogitStoreWriter:
         try:
             codecs = by_number(manifest.codecs, self.path / MANIFEST_NAME)
             shard = ShardAppender(file, header, self._rows, codecs, self._found)
+            self._check_begun(file.path)
         except BaseException:
             file.close()
             raise
         self._rows.durable[:] = self._rows.appended
         return shard
+
+    def _check_finished(self, manifest: Manifest) -> None:
+        """A finished shard is of this corpus, by a sample of its documents."""
+        codecs = by_number(manifest.codecs, self.path / MANIFEST_NAME)
+        shard = Shard(self._final, self.documents, manifest.store_id, codecs)
+        if shard.header.bound and self._digests_from is not None:
+            count = min(len(self.documents), _COMPARED_DOCUMENTS)
+            documents = np.unique(
+                np.linspace(self.documents.start, self.documents.stop - 1, count, dtype=np.int64)
+            )
+            self._check_digests(self._final, documents, shard.token_digests(documents))
+
+    def _check_begun(self, path: Path) -> None:
+        """What an earlier writer began is of this corpus."""
+        if self._digests_from is not None:
+            begun = np.flatnonzero(self._rows.appended)
+            self._check_digests(path, begun + self.documents.start, self._rows.digests[begun])
+
+    def _check_digests(self, path: Path, documents: np.ndarray, digests: np.ndarray) -> None:
+        there = self._digests_from
+        assert there is not None
+        if isinstance(there, np.ndarray):
+            there = there[documents - self.documents.start]
+        check_digests(path, documents, digests, there)
 
     def _found(self, header: FrameHeader, model: EntropyModel | None) -> None:
         """A frame of the unfinished shard that is gone on with."""
@@ -381,28 +411,8 @@ def _publish_manifest(path: Path, manifest: Manifest) -> Manifest:
         publish_once(path, manifest.to_bytes())
     found = Manifest.from_bytes(path.read_bytes(), path)
     own = Manifest.from_bytes(manifest.to_bytes(), path)  # through JSON, as the other's values went
-    for name in (
-        "vocab_size",
-        "documents",
-        "rows",
-        "lengths_digest",
-        "draws",
-        "metadata",
-        "codecs",
-    ):
-        there, here = getattr(found, name), getattr(own, name)
-        if there != here and not (name == "codecs" and _is_older(found, own)):
-            raise StoreError(
-                f"{path}: the store was begun with {name} {there!r}, this writer has {here!r}. "
-                "Use the same settings on every rank and restart, or another path."
-            )
+    check_manifest(path, found, own)
     return found
-
-
-def _is_older(found: Manifest, manifest: Manifest) -> bool:
-    """Whether a store was begun before there was the field `codecs`, and can be gone on with."""
-    assert manifest.codecs is not None
-    return found.codecs is None and not any("import" in entry for entry in manifest.codecs)
 
 
 def _codec(path: str | Path, codec: str | type[Codec]) -> type[Codec]:

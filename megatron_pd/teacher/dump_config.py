@@ -105,4 +105,6 @@ class DumpConfig:
             "sequence_length": self.sequence_length,
             "overlap": self.overlap,
             "statistics": self.statistics,
+            "codec": codec_named(self.codec).name,
+            "value_bits": self.value_bits,
         }

@@ -164,8 +164,10 @@ def test_other_settings_and_second_writer_are_refused(tmp_path, dump):
         dump.writer(tmp_path),
     ):
         dump.writer(tmp_path)
-    with pytest.raises(StoreError, match="vocab_size"):
+    with pytest.raises(StoreError, match=f"with vocab_size={VOCAB}, now vocab_size={VOCAB + 1}"):
         dump.writer(tmp_path, vocab_size=VOCAB + 1)
+    with pytest.raises(StoreError, match=r"was begun with value_bits=\d+, now value_bits=14"):
+        dump.writer(tmp_path, value_bits=14)
     with pytest.raises(StoreError, match="overlap"):
         dump.writer(tmp_path, documents=range(1, 3))
 

@@ -84,7 +84,7 @@ def test_a_stopped_dump_goes_on(tmp_path, corpus):
         "metadata": {"teacher": "random"},
         "corpus": corpus,
     }
-    with pytest.raises(StoreError, match="the store was begun with codecs None"):
+    with pytest.raises(StoreError, match="the store was begun with codecs=None, now codecs="):
         LogitStoreWriter(path, codec="test_own_codec:ZlibCodec", **settings)
     with LogitStoreWriter(path, **settings) as writer:
         assert [writer.written(document) for document in range(5)] == [4, 0, 0, 14, 0]

@@ -167,6 +167,16 @@ def test_every_row_is_the_teachers(run, monkeypatch, capsys):
     run.check(stores(run), run.seen)
     assert not (run.folder / "a.pd.samples").exists()
     assert convert(run, monkeypatch, *EXACT) == 0  # nothing left to do
+    with open(f"{run.prefixes[1]}.bin", "r+b") as file:
+        there = file.read(1)
+        file.seek(0)
+        file.write(bytes([there[0] ^ 1]))
+        file.flush()
+        with pytest.raises(SystemExit):
+            convert(run, monkeypatch, *EXACT)
+        file.seek(0)
+        file.write(there)
+    assert "document 0 has other tokens" in capsys.readouterr().err
     metadata = LogitStore(store_path_of(run.prefixes[0])).metadata
     assert (metadata["top_k"], metadata["top_p"], metadata["run"]["seed"]) == (TOP_K, TOP_P, 77)
     remove_stores(run)

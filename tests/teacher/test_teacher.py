@@ -1,5 +1,6 @@
 """Any teacher can fill a store: a dump with one that is neither Megatron's nor a neural model."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import time
@@ -77,13 +78,17 @@ def documents() -> list[np.ndarray]:
     return [rng.integers(0, VOCAB_SIZE, length) for length in lengths]
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, documents: list[np.ndarray]) -> MegatronCorpus:
-    builder = IndexedDatasetBuilder(f"{tmp_path / 'corpus'}.bin", dtype=np.uint16)
+def written(prefix: Path, documents: list[np.ndarray]) -> MegatronCorpus:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for tokens in documents:
         builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{tmp_path / 'corpus'}.idx")
-    return MegatronCorpus(str(tmp_path / "corpus"))
+    builder.finalize(f"{prefix}.idx")
+    return MegatronCorpus(str(prefix))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, documents: list[np.ndarray]) -> MegatronCorpus:
+    return written(tmp_path / "corpus", documents)
 
 
 @pytest.fixture
@@ -161,8 +166,21 @@ def test_a_stopped_dump_goes_on_and_only_with_the_same_teacher(
         dump(teacher, corpus, path, config)
     with pytest.raises(StoreError, match="begun with"):
         dump(random_teacher(), corpus, path, config)
-    with pytest.raises(StoreError, match="begun with"):
-        other = DumpConfig(sequence_length=8, batch_size=3, overlap=2, top_p=1.0, top_k=5)
+    for name, was, now in (
+        ("overlap", 3, 2),
+        ("top_k", 5, 4),
+        ("statistics", False, True),
+        ("codec", "exact", "compact"),
+        ("value_bits", 10, 11),
+        ("sequence_length", 8, 7),
+    ):
+        other = dataclasses.replace(config, **{name: now})
+        with pytest.raises(StoreError, match=f"was begun with {name}={was!r}, now {name}={now!r}"):
+            dump(teacher, corpus, path, other)
+    other = dataclasses.replace(config, overlap=2, top_k=4)
+    with pytest.raises(
+        StoreError, match="begun with overlap=3, now overlap=2; was begun with top_k=5, now top_k=4"
+    ):
         dump(teacher, corpus, path, other)
     again = BigramTeacher(teacher.logprobs)
     dump(again, corpus, path, config)
@@ -170,6 +188,49 @@ def test_a_stopped_dump_goes_on_and_only_with_the_same_teacher(
     whole = random_teacher()
     dump(whole, corpus, str(tmp_path / "whole.pd"), config)
     assert again.tokens < whole.tokens
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_dump_of_a_changed_corpus_names_what_differs(
+    tmp_path: Path,
+    corpus: MegatronCorpus,
+    documents: list[np.ndarray],
+    config: DumpConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:
+    """Over a finished store, and over one that a dump goes on with."""
+    monkeypatch.setattr(dump_module, "_GROUP_TOKENS", 20)
+    path = str(tmp_path / "corpus.pd")
+    teacher = random_teacher(fail_after=150 if stopped else 1 << 60)
+    with pytest.raises(KeyboardInterrupt) if stopped else contextlib.nullcontext():
+        dump(teacher, corpus, path, config)
+    changed = [tokens.copy() for tokens in documents]
+    changed[3][5] ^= 1
+    longer = [*documents, documents[0]]
+    for name, other, sentence in (
+        ("changed", changed, "document 3 has other tokens now"),
+        ("longer", longer, f"a corpus of {len(documents)} documents and .* now one of "),
+    ):
+        with pytest.raises(StoreError, match=f"begun with .*{sentence}"):
+            dump(teacher, written(tmp_path / name, other), path, config)
+    if not stopped:
+        dump(teacher, corpus, path, config)  # nothing left to do
+
+
+def test_a_teacher_that_was_moved_is_the_same(
+    tmp_path: Path, corpus: MegatronCorpus, config: DumpConfig
+) -> None:
+    class Moved(BigramTeacher):
+        @property
+        def identity(self) -> Mapping[str, Any]:
+            return {**super().identity, "teacher": "elsewhere"}
+
+    teacher = random_teacher(fail_after=150)
+    path = str(tmp_path / "corpus.pd")
+    dump(BigramTeacher(teacher.logprobs), corpus, path, config)
+    dump(Moved(teacher.logprobs), corpus, path, config)
+    assert LogitStore(path).metadata["teacher"] == "bigram"
 
 
 class SlowTeacher(BigramTeacher):

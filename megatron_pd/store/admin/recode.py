@@ -47,6 +47,7 @@ def recode(
         raise StoreError(f"--output {path} is the input store; choose a different path.")
     codec = codec_named(codec) if isinstance(codec, str) else codec
     metadata = {**store.metadata, "codec": codec.name}
+    metadata.pop("value_bits", None)
     if codec is CompactCodec:
         metadata["value_bits"] = value_bits
     for name, limit in (("top_p", top_p), ("top_k", top_k)):

@@ -272,7 +272,11 @@ def _finished(paths: dict[str, Path], run: _Run) -> list[LogitStore] | None:
         stores = [LogitStore(path) for path in paths.values()]
     except StoreError:
         return None
-    return stores if all(store.metadata == _metadata(run) for store in stores) else None
+    if any(store.metadata != _metadata(run) for store in stores):
+        return None
+    for prefix, store in zip(paths, stores, strict=True):
+        store.check_corpus(MegatronCorpus(prefix), full=True)
+    return stores
 
 
 def _metadata(run: _Run) -> dict[str, Any]:
