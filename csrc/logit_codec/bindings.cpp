@@ -3,7 +3,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <system_error>
+
 #include "compact/codec.h"
+#include "container/mapped_file.h"
 #include "container/shard.h"
 #include "exact/codec.h"
 
@@ -194,17 +197,35 @@ Codecs codecs_of(const Layout& layout, const py::dict& others) {
   return codecs;
 }
 
-// Keeps the mapping alive as long as the shard.
+// A shard and its mapping.
 class MappedShard {
  public:
-  MappedShard(const py::buffer& file, uint64_t rows, uint64_t documents, uint64_t blocks,
+  MappedShard(const std::string& path, uint64_t rows, uint64_t documents, uint64_t blocks,
               uint64_t index_offset, uint64_t index_bytes, bool bound, uint32_t vocab_size,
               uint32_t draws, int value_bits, const py::dict& codecs)
-      : file_(file.request()),
-        shard_(bytes_of(file_), {rows, documents, blocks, index_offset, index_bytes, bound},
+      : file_(path),
+        shard_(file_.bytes(), {rows, documents, blocks, index_offset, index_bytes, bound},
                codecs_of(checked_layout(vocab_size, draws, value_bits), codecs)) {}
 
-  const Shard& get() const { return shard_; }
+  // What `work` finds in the shard.  Where the file could not be read, whatever was found, and be
+  // it an error, counts for nothing.
+  template <class Work>
+  auto look(Work&& work) const -> std::invoke_result_t<Work, const Shard&> {
+    MappedFile::guard();
+    try {
+      if constexpr (std::is_void_v<std::invoke_result_t<Work, const Shard&>>) {
+        work(shard_);
+        check_readable();
+      } else {
+        auto found = work(shard_);
+        check_readable();
+        return found;
+      }
+    } catch (...) {
+      check_readable();
+      throw;
+    }
+  }
 
   void read(uint64_t begin, uint64_t end, Array<int32_t>& ids, Array<float>& logprobs,
             Array<int32_t>& counts, uint64_t first, py::object statistics) const {
@@ -228,20 +249,50 @@ class MappedShard {
       out.statistics = pointers;
     }
     const py::gil_scoped_release release;
-    shard_.read(begin, end, out);
+    look([&](const Shard& shard) { shard.read(begin, end, out); });
   }
 
-  py::array_t<uint64_t> starts() const {
-    const Index& index = shard_.index();
-    const uint64_t words = index.geometry().documents + 1;
-    py::array_t<uint64_t> out{py::ssize_t(words)};
-    uint64_t* start = out.mutable_data();
-    for (uint64_t i = 0; i < words; ++i) start[i] = i ? index.document_rows(i - 1).second : 0;
-    return out;
+  Array<uint64_t> starts() const {
+    return look([](const Shard& shard) {
+      const Index& index = shard.index();
+      const uint64_t words = index.geometry().documents + 1;
+      Array<uint64_t> out{py::ssize_t(words)};
+      uint64_t* start = out.mutable_data();
+      for (uint64_t i = 0; i < words; ++i) start[i] = i ? index.document_rows(i - 1).second : 0;
+      return out;
+    });
+  }
+
+  // First row of every block.
+  Array<uint64_t> block_rows() const {
+    return look([](const Shard& shard) {
+      Array<uint64_t> out{py::ssize_t(shard.index().geometry().blocks)};
+      uint64_t* row = out.mutable_data();
+      for (py::ssize_t i = 0; i < out.size(); ++i) row[i] = shard.index().block(uint64_t(i)).first;
+      return out;
+    });
+  }
+
+  // Of the documents [first, stop).
+  Array<uint64_t> digests(uint64_t first, uint64_t stop) const {
+    if (first > stop) throw py::value_error("the documents end before they begin");
+    return look([&](const Shard& shard) {
+      Array<uint64_t> out{py::ssize_t(stop - first)};
+      uint64_t* digest = out.mutable_data();
+      for (uint64_t i = first; i < stop; ++i) *digest++ = shard.index().digest(i);
+      return out;
+    });
   }
 
  private:
-  py::buffer_info file_;
+  void check_readable() const {
+    if (file_.is_lost())
+      refuse(
+          "it was cut short, or its disk failed, since it was opened: bytes that it had can't "
+          "be read");
+  }
+
+  MappedFile file_;
   Shard shard_;
 };
 
@@ -257,6 +308,9 @@ PYBIND11_MODULE(_logit_codec, module) {
       py::set_error(corrupt, what.what());
     } catch (const BadRows& what) {
       py::set_error(bad_rows, what.what());
+    } catch (const std::system_error& what) {
+      errno = what.code().value();
+      PyErr_SetFromErrno(PyExc_OSError);
     }
   });
   module.attr("MIN_VALUE_BITS") = kMinValueBits;
@@ -295,38 +349,57 @@ PYBIND11_MODULE(_logit_codec, module) {
       .def("slice", &CompactCoder::slice);
   const py::call_guard<py::gil_scoped_release> unlocked;
   py::class_<MappedShard>(module, "Shard")
-      .def(py::init<const py::buffer&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, bool,
+      .def(py::init<const std::string&, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, bool,
                     uint32_t, uint32_t, int, const py::dict&>(),
-           py::arg("file"), py::kw_only(), py::arg("rows"), py::arg("documents"), py::arg("blocks"),
+           py::arg("path"), py::kw_only(), py::arg("rows"), py::arg("documents"), py::arg("blocks"),
            py::arg("index_offset"), py::arg("index_bytes"), py::arg("bound"), py::arg("vocab_size"),
            py::arg("draws"), py::arg("value_bits"), py::arg("codecs"))
-      .def("document_rows", [](const MappedShard& shard,
-                               uint64_t i) { return shard.get().index().document_rows(i); })
+      .def("document_rows",
+           [](const MappedShard& mapped, uint64_t i) {
+             return mapped.look([&](const Shard& shard) { return shard.index().document_rows(i); });
+           })
       .def("starts", &MappedShard::starts)
-      .def("digest",
-           [](const MappedShard& shard, uint64_t i) { return shard.get().index().digest(i); })
-      .def("block",
-           [](const MappedShard& shard, uint64_t i) { return shard.get().index().block(i); })
+      .def("digests", &MappedShard::digests)
+      .def("block_rows", &MappedShard::block_rows)
       .def("block_header",
-           [](const MappedShard& shard, uint64_t i) {
-             const FrameHeader header = shard.get().block(i).header;
+           [](const MappedShard& mapped, uint64_t i) {
+             const auto header =
+                 mapped.look([&](const Shard& shard) { return shard.block(i).header; });
              return to_python({reinterpret_cast<const uint8_t*>(&header), sizeof(header)});
            })
-      .def("block_payload", [](const MappedShard& shard,
-                               uint64_t i) { return to_python(shard.get().block(i).payload); })
-      .def("block_model",
-           [](const MappedShard& shard, uint64_t i) {
-             return to_python(shard.get().frames().model(shard.get().block(i).header));
+      .def("block_payload",
+           [](const MappedShard& mapped, uint64_t i) {
+             return mapped.look(
+                 [&](const Shard& shard) { return to_python(shard.block(i).payload); });
            })
-      .def("max_count", [](const MappedShard& shard, uint64_t begin,
-                           uint64_t end) { return shard.get().max_count(begin, end); })
+      .def("block_model",
+           [](const MappedShard& mapped, uint64_t i) {
+             return mapped.look([&](const Shard& shard) {
+               return to_python(shard.frames().model(shard.block(i).header));
+             });
+           })
+      .def("max_count",
+           [](const MappedShard& mapped, uint64_t begin, uint64_t end) {
+             return mapped.look([&](const Shard& shard) { return shard.max_count(begin, end); });
+           })
       .def(
-          "check_block", [](const MappedShard& shard, uint64_t i) { shard.get().check_block(i); },
+          "check_block",
+          [](const MappedShard& mapped, uint64_t i) {
+            mapped.look([&](const Shard& shard) { shard.check_block(i); });
+          },
           unlocked)
       .def(
-          "check_index", [](const MappedShard& shard) { shard.get().index().check(); }, unlocked)
+          "check_index",
+          [](const MappedShard& mapped) {
+            mapped.look([](const Shard& shard) { shard.index().check(); });
+          },
+          unlocked)
       .def(
-          "check_frames", [](const MappedShard& shard) { shard.get().check_frames(); }, unlocked)
+          "check_frames",
+          [](const MappedShard& mapped) {
+            mapped.look([](const Shard& shard) { shard.check_frames(); });
+          },
+          unlocked)
       .def("read", &MappedShard::read, py::arg("begin"), py::arg("end"), py::arg("ids").noconvert(),
            py::arg("logprobs").noconvert(), py::arg("counts").noconvert(), py::arg("first"),
            py::arg("statistics") = py::none());

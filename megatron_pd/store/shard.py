@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,8 @@ __all__ = ["Shard"]
 
 class Shard:
     """Opening reads the header and the footer; the file is mapped at its first use, and every page
-    of the index, block and entropy model is checked when it is touched. Faults are StoreErrors.
+    of the index, block and entropy model is checked when it is touched. Faults are StoreErrors, as
+    are a file that is cut short and a disk that fails while it is open. No descriptor stays open.
 
     Args:
         documents: those that the file's name promises.
@@ -65,11 +65,9 @@ class Shard:
 
     @cached_property
     def native(self) -> _logit_codec.Shard:
-        with open(self.path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with self._reported():
             return _logit_codec.Shard(
-                data,
+                os.fspath(self.path),
                 rows=self.header.rows,
                 documents=self.header.documents,
                 blocks=self.footer.blocks,
@@ -151,12 +149,13 @@ class Shard:
         """uint64: a hash of the tokens of each document, in a bound shard."""
         first = self.documents.start
         with self._reported():
-            return np.array([self.native.digest(d - first) for d in documents], np.uint64)
+            return self.native.digests(documents.start - first, documents.stop - first)
 
     def coded_blocks(self, begin: int, end: int) -> Iterator[tuple[int, CodedBlock]]:
         """(first row, block) for the blocks of the shard's rows [begin, end), as they are coded; of
         blocks that are not wholly inside, the rows inside."""
-        starts = np.array([self._first_row(i) for i in range(self.footer.blocks)], np.int64)
+        with self._reported():
+            starts = self.native.block_rows().view(np.int64)
         models: dict[int, EntropyModel] = {}
         for index in range(int(np.searchsorted(starts, begin, "right")) - 1, len(starts)):
             row = int(starts[index])
@@ -184,10 +183,6 @@ class Shard:
                 block = block.part(first - row, stop - row, counts, self.header.layout)
             if stop > first:
                 yield first, block
-
-    def _first_row(self, block: int) -> int:
-        with self._reported():
-            return self.native.block(block)[0]
 
     def _header(self, block: int) -> FrameHeader:
         with self._reported():
@@ -248,11 +243,10 @@ class Shard:
         if not self.header.bound or not len(self.documents):
             return
         count = len(self.documents) if full else min(len(self.documents), sample)
+        digests = self.token_digests(self.documents)
         for index in np.unique(np.linspace(0, len(self.documents) - 1, count, dtype=np.int64)):
             tokens = corpus.tokens(self.documents.start + int(index))
-            with self._reported():
-                digest = self.native.digest(int(index))
-            if len(tokens) and token_digest(tokens) != digest:
+            if len(tokens) and token_digest(tokens) != digests[index]:
                 raise self._other_corpus(int(index), "tokens")
 
     def _other_corpus(self, index: int, what: str) -> StoreError:
