@@ -145,7 +145,7 @@ class Shard:
             )
         return begin + offset
 
-    def token_digests(self, documents: range | np.ndarray) -> np.ndarray:
+    def token_digests(self, documents: range) -> np.ndarray:
         """uint64: a hash of the tokens of each document, in a bound shard."""
         first = self.documents.start
         with self._reported():

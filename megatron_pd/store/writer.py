@@ -256,7 +256,8 @@ class LogitStoreWriter:
             documents = np.unique(
                 np.linspace(self.documents.start, self.documents.stop - 1, count, dtype=np.int64)
             )
-            self._check_digests(self._final, documents, shard.token_digests(documents))
+            digests = shard.token_digests(self.documents)[documents - self.documents.start]
+            self._check_digests(self._final, documents, digests)
 
     def _check_begun(self, path: Path) -> None:
         """What an earlier writer began is of this corpus."""
