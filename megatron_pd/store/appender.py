@@ -26,6 +26,7 @@ class ShardAppender:
         header: of the shard.
         rows: is told the rows that are found and appended as blocks.
         codecs: by the number in a block's header.
+        statistics: the mask of those that the shard has, rows or not.
         found: is told the header of every frame that was there, with the model that it holds.
     """
 
@@ -35,6 +36,7 @@ class ShardAppender:
         header: ShardHeader,
         rows: DocumentRows,
         codecs: Mapping[int, type[Codec]],
+        statistics: int,
         found: Callable[[FrameHeader, EntropyModel | None], None],
     ) -> None:
         self._file, self._header, self._rows = file, header, rows
@@ -42,7 +44,8 @@ class ShardAppender:
         self._numbers = {codec: number for number, codec in codecs.items()}
         self._model_offsets: dict[bytes, int] = {}
         self._block_rows, self._block_offsets = array("Q"), array("Q")
-        self._entries = self._max_count = self._statistics = 0
+        self._entries = self._max_count = 0
+        self._statistics = statistics
         recover(file, header.to_bytes(), self._find)
 
     def add_model(self, model: EntropyModel) -> int:

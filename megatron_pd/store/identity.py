@@ -12,7 +12,7 @@ import numpy as np
 from megatron_pd.store.format import Manifest, ShardHeader, corpus_digests
 from megatron_pd.store.types import Corpus, StoreError
 
-__all__ = ["check_digests", "check_header", "check_manifest"]
+__all__ = ["check_digests", "check_header", "check_manifest", "check_statistics"]
 
 
 def check_manifest(path: Path, begun: Manifest, now: Manifest) -> None:
@@ -47,6 +47,11 @@ def check_header(path: Path, begun: ShardHeader, now: ShardHeader) -> None:
         "this unfinished shard",
         _differences(dataclasses.asdict(begun), dataclasses.asdict(now)),
     )
+
+
+def check_statistics(path: Path, begun: tuple[str, ...], now: tuple[str, ...]) -> None:
+    """The same for the statistics of a shard's rows."""
+    _raise(path, "this shard", _differences({"statistics": begun}, {"statistics": now}))
 
 
 def check_digests(

@@ -22,7 +22,7 @@ from megatron_pd.store.format import (
     parse_shard_name,
 )
 from megatron_pd.store.shard import Shard
-from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows
+from megatron_pd.store.types import STATISTICS, Corpus, StoreError, TeacherRows, statistics_in
 
 __all__ = ["LogitStore"]
 
@@ -69,13 +69,16 @@ class LogitStore:
     @property
     def statistics(self) -> tuple[str, ...]:
         """The per-row statistics that its shards have, of `STATISTICS`."""
-        present = {
-            bit
-            for shard in self._shards
-            for bit in range(len(STATISTICS))
-            if shard.footer.statistics >> bit & 1
-        }
-        return tuple(name for bit, name in enumerate(STATISTICS) if bit in present)
+        return self.statistics_of(range(self.num_documents))
+
+    def statistics_of(self, documents: range) -> tuple[str, ...]:
+        """The statistics that the shards of these documents have; of no documents: any shards."""
+        mask = 0
+        for shard in self._shards:
+            start = max(shard.documents.start, documents.start)
+            if start < min(shard.documents.stop, documents.stop) or not documents:
+                mask |= shard.footer.statistics
+        return statistics_in(mask)
 
     def documents_without(self, statistic: str) -> list[range]:
         """The documents of the shards that have entries but not this statistic of them."""

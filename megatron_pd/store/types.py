@@ -10,10 +10,29 @@ import numpy as np
 
 from megatron_pd.errors import UserError
 
-__all__ = ["STATISTICS", "Corpus", "Layout", "ShardInUseError", "StoreError", "TeacherRows"]
+__all__ = [
+    "STATISTICS",
+    "Corpus",
+    "Layout",
+    "ShardInUseError",
+    "StoreError",
+    "TeacherRows",
+    "statistics_in",
+    "statistics_mask",
+]
 
 #: Optional per-row float32 values, in the order of their bits in a block's header.
 STATISTICS = ("label_logprob", "entropy", "std")
+
+
+def statistics_mask(names: Collection[str]) -> int:
+    """A bit for each of `STATISTICS` that is among the names."""
+    return sum(1 << bit for bit, name in enumerate(STATISTICS) if name in names)
+
+
+def statistics_in(mask: int) -> tuple[str, ...]:
+    """The names in a `statistics_mask`, in the order of `STATISTICS`."""
+    return tuple(name for bit, name in enumerate(STATISTICS) if mask >> bit & 1)
 
 
 class StoreError(UserError):

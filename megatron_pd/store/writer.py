@@ -33,11 +33,19 @@ from megatron_pd.store.format import (
     shard_name,
     token_digest,
 )
-from megatron_pd.store.identity import check_digests, check_manifest
+from megatron_pd.store.identity import check_digests, check_manifest, check_statistics
 from megatron_pd.store.pending import PendingRows
 from megatron_pd.store.ragged import RaggedRows
 from megatron_pd.store.shard import Shard
-from megatron_pd.store.types import STATISTICS, Corpus, Layout, StoreError, TeacherRows
+from megatron_pd.store.types import (
+    STATISTICS,
+    Corpus,
+    Layout,
+    StoreError,
+    TeacherRows,
+    statistics_in,
+    statistics_mask,
+)
 
 __all__ = ["LogitStoreWriter"]
 
@@ -68,6 +76,8 @@ class LogitStoreWriter:
     value_bits  resolution of `compact`: 10 bits cost about 2e-6 nats per entry of a row, at most
                 three times that; each further bit leaves a quarter of it and takes about a bit per
                 entry.
+    statistics  those of `STATISTICS` that every row of the shard has, though a row without entries
+                needn't bring them.
     codecs      all codecs of the store, where `append_block` brings blocks of several.
     flush_rows  flush by itself whenever so many rows were appended since the last time; None: only
                 when it is called.
@@ -89,6 +99,7 @@ class LogitStoreWriter:
         metadata: Mapping[str, Any],
         codec: str | type[Codec] = "compact",
         value_bits: int = 10,
+        statistics: Sequence[str] = (),
         codecs: Sequence[type[Codec]] | None = None,
         flush_rows: int | None = None,
         corpus: Corpus | None = None,
@@ -100,6 +111,8 @@ class LogitStoreWriter:
         lengths = np.asarray(document_lengths, np.int64)
         layout = Layout(vocab_size, draws, value_bits)
         _check_arguments(path, layout, lengths, kind)
+        if unknown := sorted(set(statistics) - set(STATISTICS)):
+            raise StoreError(f"{path}: unknown statistics {unknown}; known: {STATISTICS}.")
         self.path = Path(path)
         self.documents = _checked_range(documents, len(lengths))
         self._layout = layout
@@ -112,7 +125,8 @@ class LogitStoreWriter:
         if token_digests is not None:
             self._rows.digests[:] = token_digests
         self._pending = PendingRows()
-        self._statistics: tuple[str, ...] | None = None
+        self._statistics = statistics_in(statistics_mask(statistics))
+        self._copies_blocks = codecs is not None
         self._trainer = self._codec.trainer(layout)
         self._model: EntropyModel | None = None
         self._coder: Codec | None = None
@@ -125,6 +139,7 @@ class LogitStoreWriter:
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
         """Adds rows `offset`, `offset + 1`, ... of a document."""
         index = self._checked_position(document, offset, len(rows))
+        rows = self._with_statistics(document, rows)
         ragged = RaggedRows.of(
             rows,
             self._layout.vocab_size,
@@ -138,7 +153,6 @@ class LogitStoreWriter:
                 "follows the last one. Rows are probably shifted by one: row j holds the "
                 "distribution of token j + 1."
             )
-        self._check_statistics(document, rows)
         if offset == 0 and self._corpus is not None:
             self._rows.digests[index] = self._token_digest(document)
         if len(rows):
@@ -239,7 +253,8 @@ class LogitStoreWriter:
         file = AppendFile(self._final.with_name(self._final.name + PARTIAL_SUFFIX))
         try:
             codecs = by_number(manifest.codecs, self.path / MANIFEST_NAME)
-            shard = ShardAppender(file, header, self._rows, codecs, self._found)
+            mask = statistics_mask(self._statistics)
+            shard = ShardAppender(file, header, self._rows, codecs, mask, self._found)
             self._check_begun(file.path)
         except BaseException:
             file.close()
@@ -251,6 +266,8 @@ class LogitStoreWriter:
         """A finished shard is of this corpus, by a sample of its documents."""
         codecs = by_number(manifest.codecs, self.path / MANIFEST_NAME)
         shard = Shard(self._final, self.documents, manifest.store_id, codecs)
+        if shard.footer.blocks and not self._copies_blocks:
+            check_statistics(self._final, statistics_in(shard.footer.statistics), self._statistics)
         if shard.header.bound and self._digests_from is not None:
             count = min(len(self.documents), _COMPARED_DOCUMENTS)
             documents = np.unique(
@@ -275,9 +292,8 @@ class LogitStoreWriter:
     def _found(self, header: FrameHeader, model: EntropyModel | None) -> None:
         """A frame of the unfinished shard that is gone on with."""
         if model is None:
-            self._statistics = tuple(
-                name for bit, name in enumerate(STATISTICS) if header.statistics >> bit & 1
-            )
+            if not self._copies_blocks:
+                check_statistics(self._final, statistics_in(header.statistics), self._statistics)
             if self._trainer is not None:
                 self._trainer.found_rows(header.entries)
         elif self._trainer is not None and model.codec is self._codec:
@@ -354,19 +370,23 @@ class LogitStoreWriter:
                     "every writer its own documents, and keep the split when a dump restarts."
                 )
 
-    def _check_statistics(self, document: int, rows: TeacherRows) -> None:
-        names = tuple(name for name in STATISTICS if name in rows.statistics)
-        if unknown := set(rows.statistics) - set(STATISTICS):
+    def _with_statistics(self, document: int, rows: TeacherRows) -> TeacherRows:
+        """The rows with the shard's statistics: rows without entries get those that they lack."""
+        if rows.statistics.keys() == set(self._statistics):
+            return rows
+        if unknown := sorted(rows.statistics.keys() - set(STATISTICS)):
             raise StoreError(
                 f"document {document}: unknown statistics {unknown}, known: {STATISTICS}."
             )
-        if self._statistics is None:
-            self._statistics = names
-        if names != self._statistics:
+        if rows.statistics.keys() - set(self._statistics) or rows.counts.any():
             raise StoreError(
-                f"document {document}: rows come with statistics {names}, earlier ones had "
-                f"{self._statistics}. All rows of a shard have the same statistics."
+                f"document {document}: rows come with statistics {tuple(rows.statistics)}, the "
+                f"writer was opened with {self._statistics}. All rows of a shard have the same: "
+                "say which as LogitStoreWriter(statistics=…)."
             )
+        unknown_values = np.full(len(rows), np.nan, np.float32)
+        statistics = {**dict.fromkeys(self._statistics, unknown_values), **rows.statistics}
+        return TeacherRows(rows.ids, rows.logprobs, rows.counts, statistics)
 
     def _checked_document(self, document: int) -> int:
         if document not in self.documents:

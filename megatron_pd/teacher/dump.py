@@ -107,6 +107,7 @@ def _claim(
             draws=config.sampled or 0,
             codec=config.codec,
             value_bits=config.value_bits,
+            statistics=config.row_statistics,
             corpus=corpus,
             documents=documents,
         )

@@ -42,6 +42,7 @@ def prefix(tmp_path_factory):
         document_lengths=corpus.document_lengths,
         metadata={},
         codec="exact",
+        statistics=["entropy"],
         corpus=corpus,
     ) as writer:
         for document, tokens in enumerate(documents):

@@ -86,6 +86,7 @@ def test_an_independent_reader_finds_the_rows(
             metadata={},
             codec=codec,
             value_bits=value_bits,
+            statistics=statistics,
             kind=kind,
             draws=draws,
         ) as writer:

@@ -36,6 +36,7 @@ def store(tmp_path):
         document_lengths=np.array([3]),
         metadata={},
         codec="exact",
+        statistics=["label_logprob"],
     ) as writer:
         writer.append(0, 0, rows)
     return tmp_path / "c.pd"

@@ -44,6 +44,7 @@ def write(
             metadata=metadata or {"teacher": "random", "top_k": 8},
             codec=codec,
             corpus=corpus if bound else None,
+            statistics=["label_logprob", "entropy"],
             documents=shard,
         ) as writer:
             for document in shard:

@@ -56,7 +56,7 @@ class Dump:
 
     def run(self, path: Path, attempt: int = 0, acknowledge=lambda document: None) -> None:
         """Writes what is missing, flushes after every document and acknowledges it then."""
-        with self.writer(path) as writer:
+        with self.writer(path, statistics=["std"]) as writer:
             for document in self.order:
                 done, rows = writer.written(document), self.rows[document]
                 if done < len(rows):

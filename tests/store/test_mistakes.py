@@ -41,6 +41,7 @@ def write(path: Path, rng, **settings) -> list[TeacherRows]:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"statistics": ["odd"]}, r"unknown statistics \['odd'\]"),
         ({"vocab_size": 0}, "vocab_size 0 is not in"),
         ({"vocab_size": (1 << 24) + 1}, "vocab_size 16777217 is not in"),
         ({"document_lengths": np.array([3, -1])}, "document_lengths must be"),
@@ -65,13 +66,14 @@ def test_rows_that_are_out_of_place(tmp_path: Path, rng: np.random.Generator) ->
     rows = random_rows(rng, 3, VOCAB, 4, statistics=True)
     plain = TeacherRows(rows.ids, rows.logprobs, rows.counts)
     odd = TeacherRows(rows.ids, rows.logprobs, rows.counts, {"odd": rows.logprobs[:, 0]})
-    with writer(tmp_path / "s", documents=range(0, 2)) as part:
+    declared = ("label_logprob", "entropy")
+    with writer(tmp_path / "s", documents=range(0, 2), statistics=declared) as part:
         for document, offset, given, sentence in (
             (2, 0, rows, "document 2 is not in this shard, which holds 0 to 1"),
             (0, 1, rows[:2], "the next one is 0, but rows from 1 were appended"),
             (0, 0, random_rows(rng, 5, VOCAB, 4), "rows 0 to 4 appended, but it has 3 tokens"),
             (1, 0, rows[:1], "rows 0 to 0 appended, but it has 0 tokens"),
-            (0, 0, odd, "unknown statistics {'odd'}"),
+            (0, 0, odd, "unknown statistics .'odd'"),
         ):
             with pytest.raises(StoreError, match=sentence):
                 part.append(document, offset, given)

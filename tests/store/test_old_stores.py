@@ -83,6 +83,7 @@ def test_a_stopped_dump_goes_on(tmp_path, corpus):
         "document_lengths": corpus.document_lengths,
         "metadata": {"teacher": "random"},
         "corpus": corpus,
+        "statistics": ["label_logprob", "std"],
     }
     with pytest.raises(StoreError, match="the store was begun with codecs=None, now codecs="):
         LogitStoreWriter(path, codec="test_own_codec:ZlibCodec", **settings)

@@ -91,6 +91,7 @@ def write(path: Path, corpus: RandomCorpus, rows, documents: list[range], codec,
             codec=codec,
             corpus=corpus,
             documents=shard,
+            statistics=["label_logprob", "entropy"],
             **options,
         ) as writer:
             for document in shard:
@@ -173,6 +174,7 @@ def test_interrupted_writer_goes_on(tmp_path, corpus, rows):
         "document_lengths": corpus.document_lengths,
         "metadata": {},
         "codec": ZlibCodec,
+        "statistics": ["label_logprob", "entropy"],
     }
     writer = LogitStoreWriter(tmp_path, **settings)
     writer.append(first, 0, rows[first])

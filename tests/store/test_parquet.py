@@ -32,6 +32,7 @@ def store(tmp_path, rng, corpus) -> LogitStore:
         document_lengths=corpus.document_lengths,
         metadata={"teacher": "random"},
         codec="exact",
+        statistics=["label_logprob", "entropy"],
         corpus=corpus,
     ) as writer:
         for document, length in enumerate(corpus.document_lengths.tolist()):

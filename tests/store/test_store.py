@@ -174,7 +174,12 @@ def test_gather_fills_statistics(tmp_path, rng):
     lengths = np.array([5, 7])
     rows = [random_rows(rng, int(n), VOCAB, 6, statistics=True) for n in lengths]
     with LogitStoreWriter(
-        tmp_path, vocab_size=VOCAB, document_lengths=lengths, metadata={}, codec="exact"
+        tmp_path,
+        vocab_size=VOCAB,
+        document_lengths=lengths,
+        metadata={},
+        codec="exact",
+        statistics=["entropy", "label_logprob"],
     ) as writer:
         for document in (1, 0):
             writer.append(document, 0, rows[document])

@@ -78,7 +78,7 @@ def joined(stores: Sequence[LogitStore]) -> list[DocumentRange]:
         end = part.documents.stop
     if end < first.num_documents:
         raise StoreError(_in_none(end, first.num_documents))
-    return parts
+    return parts or whole(first)  # of a corpus without documents
 
 
 def concatenated(stores: Sequence[LogitStore]) -> list[DocumentRange]:
@@ -164,6 +164,7 @@ def copy(
             document_lengths=source.lengths,
             metadata=metadata,
             value_bits=source.value_bits,
+            statistics=sorted(source.statistics(documents)),
             token_digests=source.digests(documents),
             documents=documents,
             kind="sampled" if source.draws else "top",
@@ -227,6 +228,12 @@ class _Source:
                 return None
             digests.append(found)
         return np.concatenate(digests)
+
+    def statistics(self, documents: range) -> set[str]:
+        """Those of a shard's documents."""
+        pieces = [(store, there) for store, there, _ in self._pieces(documents)]
+        pieces = pieces or [(part.store, range(0)) for part in self.parts]
+        return {name for store, there in pieces for name in store.statistics_of(there)}
 
     def blocks(self, documents: range, skip: int) -> Iterator[tuple[int, CodedBlock]]:
         """(row, block) of these documents from row `skip` on, rows counted from their first."""

@@ -8,10 +8,10 @@ A row per token, by document and offset:
 
 A token without a teacher has empty lists. The schema's metadata has, under the key `megatron-pd`,
 JSON: vocab_size, draws (0, or of the kind `sampled`), documents (of the whole store),
-first_document and stop_document (of this file), store_id, and the store's metadata, which tells
-the teacher and how it was dumped. Under `megatron-pd.token-digests`, where the store is bound to
-its corpus: a digest of the tokens of each of the file's documents (uint64 as little-endian bytes,
-in base64; 0 for an empty document).
+first_document and stop_document (of this file), statistics (of its rows), store_id, and the
+store's metadata, which tells the teacher and how it was dumped. Under `megatron-pd.token-digests`,
+where the store is bound to its corpus: a digest of the tokens of each of the file's documents
+(uint64 as little-endian bytes, in base64; 0 for an empty document).
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def from_parquet(
             metadata=metadata or {},
             codec=codec,
             value_bits=value_bits,
+            statistics=source.statistics,
             token_digests=digests,
             documents=documents,
             kind="sampled" if draws else "top",
@@ -214,6 +215,7 @@ def _description(store: LogitStore, documents: range) -> dict[str, Any]:
         "documents": store.num_documents,
         "first_document": documents.start,
         "stop_document": documents.stop,
+        "statistics": list(store.statistics_of(documents)),
         "store_id": f"{store.store_id:016x}",
         "metadata": store.metadata,
     }
@@ -281,6 +283,8 @@ class _ParquetFile:
             if name not in names:
                 raise StoreError(f"{self.path}: no column {name!r}; it has {names}.")
         self.statistics = [name for name in STATISTICS if name in names]
+        if self.metadata is not None:
+            self.statistics = self.metadata.get("statistics", self.statistics)
         if self.metadata is not None:
             self.documents = range(self.metadata["first_document"], self.metadata["stop_document"])
             if self.digests is not None and len(self.digests) != len(self.documents):
@@ -490,12 +494,6 @@ class _Filler:
         an earlier call, are passed over."""
         begin = max(self._offset, self._writer.written(self._document))
         if begin < end:
-            part = self._empty(end - begin) if rows is None else rows[begin - self._offset :]
+            part = TeacherRows.empty(end - begin) if rows is None else rows[begin - self._offset :]
             self._writer.append(self._document, begin, part)
         self._offset = max(self._offset, end)
-
-    def _empty(self, rows: int) -> TeacherRows:
-        empty = TeacherRows.empty(rows)
-        nan = np.full(rows, np.nan, np.float32)
-        statistics = dict.fromkeys(self._source.statistics, nan)
-        return TeacherRows(empty.ids, empty.logprobs, empty.counts, statistics)

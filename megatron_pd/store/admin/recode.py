@@ -63,6 +63,7 @@ def recode(
             metadata=metadata,
             codec=codec,
             value_bits=value_bits,
+            statistics=store.statistics_of(documents),
             token_digests=store.token_digests(documents),
             documents=documents,
             kind="sampled" if store.draws else "top",
