@@ -23,9 +23,11 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd.data.corpus import MegatronCorpus
 from megatron_pd.errors import UserError
+from megatron_pd.megatron import cpu
 
 __all__ = ["check_checkpoint", "check_flags", "check_sequence_counts", "check_splits"]
 
+_OWN_OPTIMIZERS = ("adam", "sgd")
 _SPLITS = ("training", "validation", "test")
 _OTHER_DATA = "it trains on the tokens of --data-path and on their logit store"
 _OTHER_MODEL = "it trains a GPT; Megatron has other scripts for hybrid models"
@@ -72,8 +74,15 @@ def check_flags(args: Any, *, distils: bool) -> None:
             raise UserError(
                 f"{flag} is not supported by megatron_pd.pretrain ({reason}): drop the flag."
             )
+    if cpu.is_cpu():
+        _check_on_cpu(args)
     if distils:
         _check_with_distillation(args)
+    if args.optimizer not in _OWN_OPTIMIZERS and not _is_installed("emerging_optimizers"):
+        raise UserError(
+            f"--optimizer {args.optimizer} needs the package emerging-optimizers, which is not "
+            "installed: install it, or choose adam or sgd."
+        )
     if args.async_save:
         _check_async_save(args)
     for flag, given in {
@@ -85,6 +94,23 @@ def check_flags(args: Any, *, distils: bool) -> None:
                 f"{flag} needs the package nvidia-resiliency-ext, which is not installed: "
                 "`pip install nvidia-resiliency-ext`, or drop the flag."
             )
+
+
+def _check_on_cpu(args: Any) -> None:
+    for flag, (given, reason) in {
+        "--multi-latent-attention": (
+            args.multi_latent_attention,
+            "Megatron's attention without Transformer Engine doesn't know it",
+        ),
+        "--use-megatron-fsdp": (args.use_megatron_fsdp, "gloo lacks its scaled sum"),
+        "--use-torch-fsdp2": (args.use_torch_fsdp2, "PyTorch looks for the weights on a GPU"),
+        "--optimizer-cpu-offload": (
+            args.optimizer_cpu_offload,
+            "everything is on the host already",
+        ),
+    }.items():
+        if given:
+            raise UserError(f"{flag} needs a GPU ({reason}): drop the flag on this machine.")
 
 
 def _check_with_distillation(args: Any) -> None:
@@ -169,12 +195,20 @@ def check_checkpoint(args: Any, saved: Any) -> None:
 
 
 def check_splits(args: Any) -> None:
-    """Refuse a split of a corpus without a token, in which Megatron would look for one for ever.
+    """Refuse a split of a corpus without a token, in which Megatron would look for one for ever,
+    and an evaluation without a validation split.
 
     Args:
         args: validated.
     """
-    for prefix, split, begin, end in _splits(args):
+    splits = list(_splits(args))
+    if splits and args.eval_iters and not any(split == "validation" for _, split, *_ in splits):
+        # Megatron would look for it when training is done.
+        raise UserError(
+            f"There is no validation split (--split {args.split}), and --eval-iters "
+            f"{args.eval_iters} asks for an evaluation: give --eval-iters 0, or another --split."
+        )
+    for prefix, split, begin, end in splits:
         if is_object_storage_path(prefix):
             continue
         lengths = MegatronCorpus(prefix).document_lengths

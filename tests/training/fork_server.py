@@ -6,9 +6,9 @@ Starting Megatron takes ten seconds a process, its training a tiny model two. So
 imports everything, starts no thread, and forks the ranks of each job with the environment that
 torchrun would give them. A rank that fails takes the others down, as torchrun does.
 
-Job: {"module": …, "argv": […], "ranks": n, "log": path, "kill_when": path or null, "environment":
-{…}}. With `kill_when`, all ranks get SIGKILL as soon as that file exists. Result: {"statuses":
-[…]}, exit statuses by rank, or −signal.
+Job: {"module": …, "argv": […], "ranks": n, "log": path, "kill_when": path or null}. With
+`kill_when`, all ranks get SIGKILL as soon as that file exists. Result: {"statuses": […]}, exit
+statuses by rank, or −signal.
 """
 
 import contextlib
@@ -57,7 +57,6 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
             LOCAL_WORLD_SIZE=str(job["ranks"]),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
-            **job["environment"],
         )
         sys.argv = [job["module"], *job["argv"]]
         with reporting_errors():

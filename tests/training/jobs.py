@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,6 @@ class JobRunner:
         ranks: int = 1,
         *,
         kill_when: Path | str | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> Outcome:
         log = self.folder / f"log-{uuid.uuid4().hex}"
         job = {
@@ -94,7 +93,6 @@ class JobRunner:
             "ranks": ranks,
             "log": str(log),
             "kill_when": None if kill_when is None else str(kill_when),
-            "environment": dict(environment or {}),
         }
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(job) + "\n")
@@ -103,9 +101,9 @@ class JobRunner:
         logs = [Path(f"{log}.{rank}") for rank in range(ranks)]
         return Outcome(statuses, "\n".join(path.read_text() for path in logs if path.exists()))
 
-    def check(self, module: str, argv: Sequence[Any], ranks: int = 1, **options: Any) -> str:
+    def check(self, module: str, argv: Sequence[Any], ranks: int = 1) -> str:
         """Run a job that must succeed; returns its log."""
-        outcome = self.run(module, argv, ranks, **options)
+        outcome = self.run(module, argv, ranks)
         assert not any(outcome.statuses), f"{outcome.statuses}: {outcome.log[-4000:]}"
         return outcome.log
 
@@ -168,15 +166,11 @@ class World:
         return self.curves_of(self.training_flags(*flags), ranks)
 
     def curves_of(
-        self,
-        argv: Sequence[str],
-        ranks: int = 1,
-        module: str = "megatron_pd.pretrain",
-        **options: Any,
+        self, argv: Sequence[str], ranks: int = 1, module: str = "megatron_pd.pretrain"
     ) -> dict[str, np.ndarray]:
         """As `train`, with a command line that is whole."""
         events = self.folder / f"events-{uuid.uuid4().hex}"
-        self.runner.check(module, [*argv, "--tensorboard-dir", events], ranks, **options)
+        self.runner.check(module, [*argv, "--tensorboard-dir", events], ranks)
         return curves(events)
 
 

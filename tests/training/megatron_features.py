@@ -28,11 +28,9 @@ class Case:
     """Flags of a plain run before these, which need its files."""
 
     tolerance: float = 1e-4
-    environment: tuple[tuple[str, str], ...] = ()
 
 
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.01"
-MANY_CONNECTIONS = (("CUDA_DEVICE_MAX_CONNECTIONS", "8"),)  # Megatron's FSDP refuses one
 CASES: dict[str, Case] = {
     # --------------------------------------------------------------------------- the model
     "moe": Case(MOE),
@@ -58,10 +56,6 @@ CASES: dict[str, Case] = {
     "moe, bias instead of a loss, every second layer": Case(
         "--num-experts 4 --moe-router-topk 2 --moe-router-enable-expert-bias "
         "--moe-router-score-function sigmoid --moe-layer-freq 2 --moe-router-dtype fp32"
-    ),
-    "multi-latent attention": Case(
-        "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 "
-        "--qk-pos-emb-head-dim 8 --v-head-dim 16"
     ),
     "multi-token prediction": Case("--mtp-num-layers 1"),
     "multi-token prediction, pipeline": Case(
@@ -129,18 +123,6 @@ CASES: dict[str, Case] = {
     "one rank of many": Case(
         "--fake-process-group --tensor-model-parallel-size 1 --use-distributed-optimizer"
     ),
-    "torch FSDP2": Case(
-        "--use-torch-fsdp2 --ckpt-format torch_dcp", 2, environment=MANY_CONNECTIONS
-    ),
-    "Megatron FSDP": Case(
-        "--use-megatron-fsdp --ckpt-format fsdp_dtensor", 2, environment=MANY_CONNECTIONS
-    ),
-    "Megatron FSDP, optimizer alone": Case(
-        "--use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer "
-        "--data-parallel-sharding-strategy optim",
-        2,
-        environment=MANY_CONNECTIONS,
-    ),
     # --------------------------------------------------------------------------- the loss
     "mean over tokens": Case("--calculate-per-token-loss --eod-mask-loss", 2),
     "fused cross-entropy": Case(
@@ -159,12 +141,6 @@ CASES: dict[str, Case] = {
     "deterministic": Case("--deterministic-mode"),
     # --------------------------------------------------------------------------- optimization
     "SGD": Case("--optimizer sgd"),
-    "Lion": Case("--optimizer lion"),
-    "optimizer on the host": Case(
-        "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer "
-        "--bf16 --use-torch-optimizer-for-cpu-offload",
-        2,
-    ),
     "batch size that grows": Case("--rampup-batch-size 4 4 8"),
     "frozen": Case("--freeze-all-layers"),
     "weight decay that grows": Case(
@@ -270,9 +246,7 @@ def test_feature(name: str, world: World, tmp_path: Path) -> None:
     ):
         own = flags.format(save=tmp_path / run, cache=tmp_path / "cache", **files).split()
         module = "stock_job" if run == "stock" else "megatron_pd.pretrain"
-        curves[run] = world.curves_of(
-            [*argv, *own, *distillation], case.ranks, module, environment=dict(case.environment)
-        )
+        curves[run] = world.curves_of([*argv, *own, *distillation], case.ranks, module)
     assert curves["plain"].keys() == curves["stock"].keys()
     for tag in (tag for tag in curves["stock"] if "loss" in tag or tag == "grad-norm"):
         np.testing.assert_array_equal(curves["plain"][tag], curves["stock"][tag], err_msg=tag)

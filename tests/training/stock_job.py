@@ -4,6 +4,7 @@ Nothing of megatron_pd is in it but what lets Megatron run on a CPU. Every rank 
 so that none is handed from rank to rank: what a run without --pd-* flags has to agree with.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import fields
@@ -17,13 +18,15 @@ from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
-from megatron.training import get_args, pretrain
+from megatron.core.utils import StragglerDetector
+from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_pd.megatron import cpu, patches
 
+STRAGGLER = StragglerDetector()
 OTHER_NAMES = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -84,7 +87,10 @@ def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
 def forward_step(
     iterator: Iterator[dict[str, torch.Tensor]], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Any, Any]:
-    batch = next(iterator)
+    get_timers()("batch-generator", log_level=2).start()
+    with timed(bdata=True):
+        batch = next(iterator)
+    get_timers()("batch-generator").stop()
     mask = batch["loss_mask"]
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -94,14 +100,19 @@ def forward_step(
         return loss, tokens.int(), {"lm loss": logged}
 
     run = model.build_schedule_plan if return_schedule_plan else model
-    output = run(
-        batch["tokens"],
-        batch["position_ids"],
-        batch.get("attention_mask"),
-        labels=batch["labels"],
-        loss_mask=mask,
-    )
+    with timed(bdata=False):
+        output = run(
+            batch["tokens"],
+            batch["position_ids"],
+            batch.get("attention_mask"),
+            labels=batch["labels"],
+            loss_mask=mask,
+        )
     return output, loss_func
+
+
+def timed(*, bdata: bool) -> Any:
+    return STRAGGLER(bdata=bdata) if get_args().log_straggler else contextlib.nullcontext()
 
 
 def validate(loss: torch.Tensor) -> None:

@@ -61,6 +61,30 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--micro-batch-size", "0"],
         ("Megatron refuses the flags: assert args.micro_batch_size > 0", "arguments.py, line"),
     ),
+    "a file in place of flags": (["--yaml-cfg", "a.yaml"], ("--yaml-cfg", "as flags")),
+    "a data loader of one's own": (
+        ["--dataloader-type", "external"],
+        ("external", "drop"),
+    ),
+    "a restart in the process": (
+        ["--inprocess-restart"],
+        ("torchrun --max-restarts",),
+    ),
+    "no validation split": (["--split", "100,0,0", "--eval-iters", "1"], ("no validation split",)),
+    "multi-latent attention on a CPU": (
+        ["--multi-latent-attention"],
+        ("--multi-latent-attention needs a GPU", "drop the flag"),
+    ),
+    "Megatron's FSDP on a CPU": (["--use-megatron-fsdp"], ("--use-megatron-fsdp needs a GPU",)),
+    "PyTorch's FSDP on a CPU": (["--use-torch-fsdp2"], ("--use-torch-fsdp2 needs a GPU",)),
+    "the optimizer on the host on a CPU": (
+        ["--optimizer-cpu-offload"],
+        ("--optimizer-cpu-offload needs a GPU", "on the host already"),
+    ),
+    "an optimizer that is not installed": (
+        ["--optimizer", "lion"],
+        ("--optimizer lion", "emerging-optimizers"),
+    ),
     "sequence parallelism on a CPU": (
         ["--pd", "--sequence-parallel"],
         ("--sequence-parallel", "CPU"),
