@@ -43,6 +43,20 @@ class DocumentRows:
         document = self._document_of(row)
         return bool(row - self.starts[document] == self.appended[document])
 
+    def are_next(self, row: int, end: int) -> bool:
+        """Whether the rows [row, end) exist, and are those that their documents lack next."""
+        if not 0 <= row < end <= self.starts[-1] or not self.is_next(row):
+            return False
+        last = int(np.searchsorted(self.starts, end, "left"))
+        return not self.appended[self._document_of(row) + 1 : last].any()
+
+    def last_in(self, row: int, end: int) -> np.ndarray:
+        """Which of the rows [row, end) are the last of their document, counted from `row`."""
+        first = self._document_of(row)
+        last = int(np.searchsorted(self.starts, end, "right")) - 1
+        ends = self.starts[first + 1 : last + 1]
+        return ends[self.starts[first:last] < ends] - 1 - row
+
     def begun_in(self, row: int, end: int) -> np.ndarray:
         """Non-empty documents whose first row is in [row, end)."""
         first, last = np.searchsorted(self.starts[:-1], [row, end], "left")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,13 +33,12 @@ class RaggedRows:
 
     @classmethod
     def of(
-        cls, rows: TeacherRows, vocab_size: int, draws: int, where: str, offset: int = 0
+        cls, rows: TeacherRows, vocab_size: int, draws: int, where: Callable[[int], str]
     ) -> RaggedRows:
         """A copy; StoreError unless every row is one that a store can hold.
 
         Args:
-            where: what a message begins with.
-            offset: of the first row in its document.
+            where: what a message about a row begins with.
         """
         counts = np.array(rows.counts, np.int32, order="C")
         ids = np.ascontiguousarray(rows.ids, np.int32)
@@ -48,17 +47,17 @@ class RaggedRows:
             flat = _logit_codec.ragged(ids, logprobs, counts, vocab_size, draws)
         except _logit_codec.BadRowsError as error:
             raise StoreError(
-                f"{where}, rows from offset {offset} on, {error}. Check what the teacher gave."
+                f"{where(0)}: of the rows from there on, {error}. Check what the teacher gave."
             ) from None
         statistics = {
             name: np.array(values, np.float32) for name, values in rows.statistics.items()
         }
         if any(values.shape != counts.shape for values in statistics.values()):
-            raise StoreError(f"{where}: each statistic must have one value per row.")
+            raise StoreError(f"{where(0)}: each statistic must have one value per row.")
         ragged = cls(counts, *flat, statistics)
         if (row := ragged.too_heavy()) is not None:
             raise StoreError(
-                f"{where}, offset {offset + row}: its {counts[row]} entries have a mass of "
+                f"{where(row)}: its {counts[row]} entries have a mass of "
                 f"{ragged.masses()[row]:.4f}, probabilities at most 1. Log-probabilities are "
                 "natural logarithms, over the full vocabulary, at temperature 1."
             )

@@ -106,12 +106,16 @@ class Shard:
     def read(self, document: int, offset: int, length: int) -> TeacherRows:
         """The rows [offset, offset + length) of a document."""
         begin = self._checked_row(document, offset, length)
+        return self.read_rows(begin, begin + length)
+
+    def read_rows(self, begin: int, end: int) -> TeacherRows:
+        """The shard's rows [begin, end), whatever documents they are of."""
         with self._reported():
-            width = self.native.max_count(begin, begin + length)
-        rows = TeacherRows.empty(length, width)
-        statistics = np.empty((len(STATISTICS), length), np.float32)
-        out = (rows.ids, rows.logprobs, rows.counts)
-        self.read_into(document, offset, length, out, 0, statistics)
+            width = self.native.max_count(begin, end)
+        rows = TeacherRows.empty(end - begin, width)
+        statistics = np.empty((len(STATISTICS), end - begin), np.float32)
+        with self._reported():
+            self.native.read(begin, end, rows.ids, rows.logprobs, rows.counts, 0, statistics)
         width = int(rows.counts.max(initial=0))
         present = {
             name: values

@@ -139,28 +139,45 @@ class LogitStoreWriter:
     def append(self, document: int, offset: int, rows: TeacherRows) -> None:
         """Adds rows `offset`, `offset + 1`, ... of a document."""
         index = self._checked_position(document, offset, len(rows))
-        rows = self._with_statistics(document, rows)
-        ragged = RaggedRows.of(
-            rows,
-            self._layout.vocab_size,
-            self._layout.draws,
-            f"{self.path}, document {document}",
-            offset,
-        )
-        if offset + len(rows) == self._rows.length(index) and len(rows) and rows.counts[-1]:
+        self._append(int(self._rows.starts[index]) + offset, rows)
+
+    def append_run(self, document: int, offset: int, rows: TeacherRows) -> None:
+        """As `append`, of rows that go on into the documents after it, none of which has rows yet:
+        many short documents cost no more than a few long ones."""
+        self._check_usable()
+        index = self._checked_document(document)
+        row = int(self._rows.starts[index]) + offset
+        is_next = offset == self._rows.appended[index]
+        if self._shard is None or not is_next or not self._rows.are_next(row, row + len(rows)):
+            raise StoreError(f"{self._final}: row {row} was appended out of turn.")
+        self._append(row, rows)
+
+    def _append(self, row: int, rows: TeacherRows) -> None:
+        end = row + len(rows)
+        rows = self._with_statistics(row, rows)
+        layout = self._layout
+        ragged = RaggedRows.of(rows, layout.vocab_size, layout.draws, lambda i: self._at(row + i))
+        last = self._rows.last_in(row, end)
+        if (wrong := last[rows.counts[last] > 0]).size:
             raise StoreError(
-                f"document {document}: its last row has {rows.counts[-1]} entries, but no token "
-                "follows the last one. Rows are probably shifted by one: row j holds the "
-                "distribution of token j + 1."
+                f"{self._at(row + int(wrong[0]))}: the document's last row has "
+                f"{rows.counts[wrong[0]]} entries, but no token follows the last one. Rows are "
+                "probably shifted by one: row j holds the distribution of token j + 1."
             )
-        if offset == 0 and self._corpus is not None:
-            self._rows.digests[index] = self._token_digest(document)
+        if self._corpus is not None:
+            for index in self._rows.begun_in(row, end).tolist():
+                self._rows.digests[index] = self._token_digest(self.documents.start + index)
         if len(rows):
-            self._pending.add(int(self._rows.starts[index]) + offset, ragged)
-            self._rows.appended[index] += len(rows)
+            self._pending.add(row, ragged)
+            self._rows.add(row, end)
         if self._pending.nbytes >= BUFFER_BYTES:
             self._write_pending()
         self._flush_if_due(len(rows))
+
+    def _at(self, row: int) -> str:
+        """Where a row of the shard belongs, for messages."""
+        document, offset = self._rows.position(row)
+        return f"{self.path}, document {self.documents.start + document}, offset {offset}"
 
     def append_block(self, row: int, block: CodedBlock) -> None:
         """Adds a block of another shard as it is coded; `row`, counted from the shard's first, is
@@ -169,11 +186,9 @@ class LogitStoreWriter:
         if self._shard is None or not self._rows.is_next(row):
             raise StoreError(f"{self._final}: row {row} was appended out of turn.")
         if (heavy := block.too_heavy(self._layout)) is not None:
-            document, offset = self._rows.position(row + heavy)
             raise StoreError(
-                f"{self.path}, document {self.documents.start + document}, offset {offset}: the "
-                "source's row has a mass of more than 1, so it is no distribution. Log-"
-                "probabilities are natural logarithms: make the source anew."
+                f"{self._at(row + heavy)}: the source's row has a mass of more than 1, so it is no "
+                "distribution. Log-probabilities are natural logarithms: make the source anew."
             )
         with self._failing_for_good():
             self._shard.add_block(row, block)
@@ -189,6 +204,11 @@ class LogitStoreWriter:
                 self._shard.sync()
         self._rows.durable[:] = self._rows.appended
         self._unflushed_rows = 0
+
+    @property
+    def written_rows(self) -> np.ndarray:
+        """`written` of every document of the shard: int64 [documents]."""
+        return self._rows.durable.copy()
 
     def written(self, document: int) -> int:
         """Rows of a document that are durable: a restarted dump goes on at this offset."""
@@ -370,17 +390,15 @@ class LogitStoreWriter:
                     "every writer its own documents, and keep the split when a dump restarts."
                 )
 
-    def _with_statistics(self, document: int, rows: TeacherRows) -> TeacherRows:
+    def _with_statistics(self, row: int, rows: TeacherRows) -> TeacherRows:
         """The rows with the shard's statistics: rows without entries get those that they lack."""
         if rows.statistics.keys() == set(self._statistics):
             return rows
         if unknown := sorted(rows.statistics.keys() - set(STATISTICS)):
-            raise StoreError(
-                f"document {document}: unknown statistics {unknown}, known: {STATISTICS}."
-            )
+            raise StoreError(f"{self._at(row)}: unknown statistics {unknown}, known: {STATISTICS}.")
         if rows.statistics.keys() - set(self._statistics) or rows.counts.any():
             raise StoreError(
-                f"document {document}: rows come with statistics {tuple(rows.statistics)}, the "
+                f"{self._at(row)}: rows come with statistics {tuple(rows.statistics)}, the "
                 f"writer was opened with {self._statistics}. All rows of a shard have the same: "
                 "say which as LogitStoreWriter(statistics=…)."
             )

@@ -63,7 +63,7 @@ def test_an_append_names_the_row(tmp_path: Path, rng, corpus) -> None:
 
 def test_masses_are_those_of_the_rows(rng) -> None:
     rows = random_rows(rng, 300, VOCAB, 20)
-    found = ragged.RaggedRows.of(rows, VOCAB, 0, "here").masses()
+    found = ragged.RaggedRows.of(rows, VOCAB, 0, str).masses()
     expected = [
         sum(np.exp(float(x)) for x in row[:count])
         for row, count in zip(rows.logprobs, rows.counts, strict=True)

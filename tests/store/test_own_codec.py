@@ -347,7 +347,7 @@ def test_every_codec_keeps_its_promises(rng, name):
     """The protocol alone: what a codec decodes to, it slices bit-exact."""
     codec = CODECS.get(name)
     layout = Layout(VOCAB, 0, 10)
-    rows = RaggedRows.of(random_rows(rng, 60, VOCAB, 8), VOCAB, 0, "here")
+    rows = RaggedRows.of(random_rows(rng, 60, VOCAB, 8), VOCAB, 0, str)
     trainer = codec.trainer(layout)
     coder = codec(layout, None if trainer is None else trainer.train([rows]))
     stream = coder.encode(rows)

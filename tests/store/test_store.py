@@ -225,3 +225,52 @@ def test_compact_keeps_ids_and_nearly_all_of_the_distribution(tmp_path, rng, val
     steps, outcomes = 75 * 2 ** (value_bits - 8), 12 + 1
     assert np.concatenate(kl).max() <= 0.52 * outcomes / steps**2 + 1e-6
     assert np.concatenate(kl).mean() <= 0.52 * outcomes / steps**2 / 3
+
+
+def test_runs_of_documents_are_their_rows(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Rows appended and read over the documents' ends, in pieces of any size."""
+    corpus = RandomCorpus(rng, 200, 50, mean=3)
+    lengths = corpus.document_lengths
+    documents = [random_rows(rng, int(n), 50, 4) for n in lengths]
+    every = TeacherRows.concatenate(documents)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    cuts = np.unique(rng.integers(0, len(every), 40))
+    cuts = np.unique(np.concatenate([[0], cuts, [len(every)]]))
+    with LogitStoreWriter(
+        tmp_path / "s",
+        vocab_size=50,
+        document_lengths=lengths,
+        metadata={},
+        codec="exact",
+        corpus=corpus,
+    ) as writer:
+        for row, end in itertools.pairwise(cuts.tolist()):
+            document = int(np.searchsorted(starts, row, "right")) - 1
+            offset = row - int(starts[document])
+            with pytest.raises(StoreError, match="out of turn"):
+                writer.append_run(document, offset + 1, every[row:end])
+            writer.append_run(document, offset, every[row:end])
+    store = LogitStore(tmp_path / "s")
+    store.check_corpus(corpus, full=True)
+    for document, rows in enumerate(documents):
+        assert_rows_equal(store.read(document), rows)
+    first, stop = np.sort(rng.integers(0, len(lengths) + 1, 2)).tolist()
+    row = int(starts[first])
+    for document, offset, rows in store.scan(range(first, stop), int(rng.integers(1, 50))):
+        assert starts[document] + offset == row
+        assert_rows_equal(rows, every[row : row + len(rows)])
+        row += len(rows)
+    assert row == starts[stop]
+
+
+def test_a_run_with_a_last_row_that_has_entries(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = TeacherRows.concatenate([random_rows(rng, n, 50, 4) for n in (2, 3, 2)])
+    while not rows.counts[3]:
+        rows = TeacherRows.concatenate([random_rows(rng, n, 50, 4) for n in (2, 3, 2)])
+    with (
+        pytest.raises(StoreError, match=r"document 1, offset 1: the document's last row has"),
+        LogitStoreWriter(
+            tmp_path / "s", vocab_size=50, document_lengths=np.array([2, 2, 3]), metadata={}
+        ) as writer,
+    ):
+        writer.append_run(0, 0, rows)

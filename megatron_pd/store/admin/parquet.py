@@ -29,7 +29,7 @@ import numpy as np
 
 from megatron_pd.store.admin.merge import plan_copies, whole
 from megatron_pd.store.admin.parallel import Progress, run_jobs
-from megatron_pd.store.admin.scan import scan
+from megatron_pd.store.admin.scan import scan_documents
 from megatron_pd.store.codecs import Codec
 from megatron_pd.store.format import corpus_digests
 from megatron_pd.store.reader import LogitStore
@@ -223,29 +223,30 @@ def _description(store: LogitStore, documents: range) -> dict[str, Any]:
 
 def _tables(store: LogitStore, documents: range, schema: Any) -> Iterator[Any]:
     """The documents' rows in tables of about `_GROUP_ROWS`."""
-    parts: list[tuple[int, int, TeacherRows]] = []
+    starts = np.concatenate([[0], np.cumsum(store.document_lengths)])
+    parts: list[tuple[int, TeacherRows]] = []
     held = 0
-    for document in documents:
-        offset = 0
-        for rows in scan(store, document):
-            parts.append((document, offset, rows))
-            offset += len(rows)
-            held += len(rows)
-            if held >= _GROUP_ROWS:
-                yield _table(parts, schema)
-                parts, held = [], 0
+    for document, offset, rows in scan_documents(store, np.arange(documents.start, documents.stop)):
+        parts.append((int(starts[document]) + offset, rows))
+        held += len(rows)
+        if held >= _GROUP_ROWS:
+            yield _table(parts, starts, schema)
+            parts, held = [], 0
     if parts:
-        yield _table(parts, schema)
+        yield _table(parts, starts, schema)
 
 
-def _table(parts: list[tuple[int, int, TeacherRows]], schema: Any) -> Any:
+def _table(parts: list[tuple[int, TeacherRows]], starts: np.ndarray, schema: Any) -> Any:
+    """Of rows, each part with its first one's number in the store; `starts`: of the documents."""
     pa, _ = _pyarrow()
-    rows = TeacherRows.concatenate([rows for _, _, rows in parts])
+    rows = TeacherRows.concatenate([rows for _, rows in parts])
+    numbers = np.concatenate([np.arange(first, first + len(part)) for first, part in parts])
+    documents = np.searchsorted(starts, numbers, "right") - 1
     mask = np.arange(rows.ids.shape[1]) < rows.counts[:, None]
     ends = np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32)
     arrays = [
-        np.concatenate([np.full(len(r), document, np.int64) for document, _, r in parts]),
-        np.concatenate([np.arange(offset, offset + len(r)) for _, offset, r in parts]),
+        documents,
+        numbers - starts[documents],
         pa.ListArray.from_arrays(ends, rows.ids[mask]),
         pa.ListArray.from_arrays(ends, rows.logprobs[mask]),
     ]

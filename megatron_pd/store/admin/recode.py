@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_pd.store.admin.merge import plan_copies, whole
 from megatron_pd.store.admin.parallel import Progress, run_jobs
-from megatron_pd.store.admin.scan import scan
+from megatron_pd.store.admin.scan import scan, scan_documents
 from megatron_pd.store.codecs import Codec, CompactCodec, codec_named
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import StoreError, TeacherRows
@@ -70,13 +70,19 @@ def recode(
             draws=store.draws,
             flush_rows=_FLUSH_ROWS,
         ) as writer:
-            for document in documents:
+            written = writer.written_rows
+            report(int(written.sum()))
+            begun = np.flatnonzero(written) + documents.start
+            for document in begun[written[begun - documents.start] < lengths[begun]].tolist():
                 offset = writer.written(document)
-                report(offset)
                 for rows in scan(store, document, offset):
                     writer.append(document, offset, cut_rows(rows, top_p, top_k))
                     offset += len(rows)
                     report(len(rows))
+            rest = np.flatnonzero(written == 0) + documents.start
+            for document, offset, rows in scan_documents(store, rest):
+                writer.append_run(document, offset, cut_rows(rows, top_p, top_k))
+                report(len(rows))
 
     shards = store.shard_documents
     if shard_rows:

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import TeacherRows
 
-__all__ = ["document_groups", "sampled_documents", "scan"]
+__all__ = ["document_groups", "sampled_documents", "scan", "scan_documents"]
 
 _PIECE_ENTRIES = 1 << 22
 _GROUP_ROWS = 1 << 20
@@ -18,12 +18,26 @@ _GROUP_ROWS = 1 << 20
 
 def scan(store: LogitStore, document: int, offset: int = 0) -> Iterator[TeacherRows]:
     """The rows of a document from `offset` on, at most some 4 million entries at once."""
-    at_once = max(1024, _PIECE_ENTRIES // max(1, store.max_count))
     length = store.document_length(document)
     while offset < length:
-        rows = store.read(document, offset, min(at_once, length - offset))
+        rows = store.read(document, offset, min(_rows_at_once(store), length - offset))
         yield rows
         offset += len(rows)
+
+
+def scan_documents(
+    store: LogitStore, documents: np.ndarray
+) -> Iterator[tuple[int, int, TeacherRows]]:
+    """(document, offset, rows) of documents in ascending order, at most some 4 million entries at
+    once. The rows go on over the ends of documents that follow each other, so that short ones cost
+    no more than long ones."""
+    for run in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
+        if len(run):
+            yield from store.scan(range(int(run[0]), int(run[-1]) + 1), _rows_at_once(store))
+
+
+def _rows_at_once(store: LogitStore) -> int:
+    return max(1024, _PIECE_ENTRIES // max(1, store.max_count))
 
 
 def sampled_documents(store: LogitStore, max_rows: int | None) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_pd.store.admin.parallel import Progress, run_jobs
-from megatron_pd.store.admin.scan import document_groups, sampled_documents, scan
+from megatron_pd.store.admin.scan import document_groups, sampled_documents, scan_documents
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import TeacherRows
 
@@ -38,10 +38,9 @@ def store_stats(
 
     def sums_of(documents: np.ndarray, report: Progress) -> np.ndarray:
         sums = np.zeros(3 + 2 * len(_AVERAGED_STATISTICS))
-        for document in documents.tolist():
-            for rows in scan(store, document):
-                sums += _sums(rows)
-                report(len(rows))
+        for _, _, rows in scan_documents(store, documents):
+            sums += _sums(rows)
+            report(len(rows))
         return sums
 
     groups = document_groups(store, sampled_documents(store, max_rows))
