@@ -1,5 +1,6 @@
 """Whatever is wrong with the flags or files stops a run before training, with one sentence."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -71,6 +72,38 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("torchrun --max-restarts",),
     ),
     "no validation split": (["--split", "100,0,0", "--eval-iters", "1"], ("no validation split",)),
+    **{
+        f"no support of {flags[0]}": (flags, (flags[0], "drop the flag"))
+        for flags in (
+            ["--sft"],
+            ["--fim-data"],
+            ["--dataloader-inter-document-masking"],
+            ["--hybrid-context-parallel"],
+            ["--logits-save-dir", "logits"],
+            ["--hybrid-layer-pattern", "M*"],
+            ["--perform-rl-step"],
+        )
+    },
+    "a graph of the whole iteration": (
+        ["--pd", "--cuda-graph-impl", "full_iteration"],
+        ("--cuda-graph-impl full_iteration", "use local or transformer_engine"),
+    ),
+    "chunks and a gradient for later": (
+        ["--pd", "--pd-loss-chunk-tokens", "64", "--defer-embedding-wgrad-compute"],
+        ("--defer-embedding-wgrad-compute", "--pd-loss-chunk-tokens", "drop one"),
+    ),
+    "asynchronous checkpoints without their package": (
+        ["--save", "x", "--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "nvrx"],
+        ("--async-save", "nvidia-resiliency-ext", "--async-strategy mcore"),
+    ),
+    "fault tolerance without its package": (
+        ["--enable-ft-package"],
+        ("--enable-ft-package", "nvidia-resiliency-ext"),
+    ),
+    "local checkpoints without their package": (
+        ["--non-persistent-ckpt-type", "local"],
+        ("--non-persistent-ckpt-type local", "nvidia-resiliency-ext"),
+    ),
     "multi-latent attention on a CPU": (
         ["--multi-latent-attention"],
         ("--multi-latent-attention needs a GPU", "drop the flag"),
@@ -250,3 +283,30 @@ def test_the_command_itself_under_torchrun(world: World) -> None:
     assert len(re.findall(r"^error(?: \(rank 1\))?: ", found.stderr, re.MULTILINE)) == 1
     assert str(world.folder / "nowhere") in found.stderr
     assert "elapsed time per iteration" not in found.stdout
+
+
+def test_a_split_without_a_token(world: World) -> None:
+    corpus = world.folder / "empty-at-the-end"
+    write_corpus(corpus, [np.arange(3, 90) for _ in range(9)] + [np.zeros(0, np.int64)])
+    outcome = world.runner.run(
+        "megatron_pd.pretrain",
+        world.training_flags(
+            *("--data-path", corpus, "--split", "90,10,0", "--eval-iters", "1"),
+        ),
+    )
+    assert_refused(outcome, f"The validation split of {corpus} has no token", "documents 9 to 10")
+
+
+def test_counts_that_are_not_the_corpus_own(world: World, tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    for content, words in (
+        ({str(world.corpus): [1, 2]}, ("has [1, 2] for", "make the file again")),
+        ({}, ("has None for", "make the file again")),
+        ([], ("is not a JSON object",)),
+    ):
+        counts.write_text(json.dumps(content))
+        outcome = world.runner.run(
+            "megatron_pd.pretrain",
+            world.training_flags("--per-dataset-sequences-path", counts),
+        )
+        assert_refused(outcome, f"--per-dataset-sequences-path {counts}", *words)
