@@ -152,16 +152,8 @@ def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
     shard = next(large.glob("*.shard"))
     damage(shard, np.random.default_rng(), 1)
     journal = large.parent / "journal"
-    size, told = shard.stat().st_size, 0
-
-    def stop_half_way(done: int) -> None:
-        nonlocal told
-        told += done
-        if told > size / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        verify_store(large, journal=Journal(journal), progress=stop_half_way)
+    size = shard.stat().st_size
+    verify_half(large, journal)
     with open(journal, "a") as file:
         file.write('{"run": "torn')
     checked = []
@@ -173,14 +165,26 @@ def test_verify_goes_on_where_it_was_stopped(large, monkeypatch):
     blocks = whole.footer.blocks
     assert len(checked) < 0.7 * blocks and sum(progress) == size and not journal.exists()
     assert resumed.taken is not None and size / 3 < resumed.taken_units < size
-    with pytest.raises(KeyboardInterrupt):
-        told = 0
-        verify_store(large, journal=Journal(journal), progress=stop_half_way)
+    verify_half(large, journal)
     os.utime(shard)  # as if it had been copied again: what is known of the old file counts no more
     checked.clear()
     again = Journal(journal)
     verify_store(large, journal=again)
     assert len(checked) == blocks and again.taken is None
+
+
+def verify_half(store: Path, journal: Path) -> None:
+    """A check of a store of one shard that is interrupted when it has read half."""
+    size, told = next(store.glob("*.shard")).stat().st_size, 0
+
+    def stop_half_way(done: int) -> None:
+        nonlocal told
+        told += done
+        if told > size / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify_store(store, journal=Journal(journal), progress=stop_half_way)
 
 
 def recorded(calls: list, method):
@@ -195,18 +199,7 @@ def recorded(calls: list, method):
 def half_verified(large, monkeypatch):
     """The large store, of which an interrupted check has read half."""
     monkeypatch.setattr("megatron_pd.store.admin.verify._RUN_BLOCKS", 4)
-    size, told = next(large.glob("*.shard")).stat().st_size, 0
-
-    def stop_half_way(done: int) -> None:
-        nonlocal told
-        told += done
-        if told > size / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        verify_store(
-            large, journal=Journal(Path(f"{large}.verify-journal")), progress=stop_half_way
-        )
+    verify_half(large, Path(f"{large}.verify-journal"))
     return large
 
 
