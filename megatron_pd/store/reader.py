@@ -195,16 +195,14 @@ class LogitStore:
     def scan(self, documents: range, at_once: int) -> Iterator[tuple[int, int, TeacherRows]]:
         """(document, offset, rows) of consecutive documents: at most `at_once` rows from there on,
         which go on over the documents' ends. Missing documents are left out."""
-        for shard in self._shards:
-            first = max(shard.documents.start, documents.start) - shard.documents.start
-            stop = min(shard.documents.stop, documents.stop) - shard.documents.start
-            if first >= stop:
-                continue
-            starts = shard.starts
-            for row in range(int(starts[first]), end := int(starts[stop]), at_once):
-                index = int(np.searchsorted(starts, row, "right")) - 1
-                rows = shard.read_rows(row, min(row + at_once, end))
-                yield shard.documents.start + index, row - int(starts[index]), rows
+        index = max(0, bisect_right(self._firsts, documents.start) - 1)
+        while index < len(self._shards) and self._firsts[index] < documents.stop:
+            shard = self._shards[index]
+            first = max(shard.documents.start, documents.start)
+            stop = min(shard.documents.stop, documents.stop)
+            if first < stop:
+                yield from shard.scan(range(first, stop), at_once)
+            index += 1
 
     def gather(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megatron_pd.errors import naming
 from megatron_pd.store import _logit_codec
 from megatron_pd.store.blocks import CodedBlock, EntropyModel
 from megatron_pd.store.codecs import Codec
@@ -65,7 +67,7 @@ class Shard:
 
     @cached_property
     def native(self) -> _logit_codec.Shard:
-        with self._reported():
+        with naming(self.path), self._reported():
             return _logit_codec.Shard(
                 os.fspath(self.path),
                 rows=self.header.rows,
@@ -100,15 +102,29 @@ class Shard:
 
     def length(self, document: int) -> int:
         with self._reported():
-            begin, end = self.native.document_rows(document - self.documents.start)
+            begin, end = self._document_rows(document)
         return end - begin
 
     def read(self, document: int, offset: int, length: int) -> TeacherRows:
         """The rows [offset, offset + length) of a document."""
         begin = self._checked_row(document, offset, length)
-        return self.read_rows(begin, begin + length)
+        return self._read_rows(begin, begin + length)
 
-    def read_rows(self, begin: int, end: int) -> TeacherRows:
+    def scan(self, documents: range, at_once: int) -> Iterator[tuple[int, int, TeacherRows]]:
+        """As `LogitStore.scan`, of some of the shard's documents. It looks up no other's."""
+        with self._reported():
+            begin = self._document_rows(documents.start)[0]
+            end = self._document_rows(documents.stop - 1)[1]
+        for row in range(begin, end, at_once):
+            with self._reported():
+                at = bisect_right(documents, row, key=lambda d: self._document_rows(d)[0]) - 1
+                document, offset = documents[at], row - self._document_rows(documents[at])[0]
+            yield document, offset, self._read_rows(row, min(row + at_once, end))
+
+    def _document_rows(self, document: int) -> tuple[int, int]:
+        return self.native.document_rows(document - self.documents.start)
+
+    def _read_rows(self, begin: int, end: int) -> TeacherRows:
         """The shard's rows [begin, end), whatever documents they are of."""
         with self._reported():
             width = self.native.max_count(begin, end)
@@ -141,7 +157,7 @@ class Shard:
 
     def _checked_row(self, document: int, offset: int, length: int) -> int:
         with self._reported():
-            begin, end = self.native.document_rows(document - self.documents.start)
+            begin, end = self._document_rows(document)
         if offset < 0 or length < 0 or offset + length > end - begin:
             raise StoreError(
                 f"{self.path}: rows {offset} to {offset + length - 1} of document {document} "

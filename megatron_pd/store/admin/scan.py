@@ -18,9 +18,10 @@ _GROUP_ROWS = 1 << 20
 
 def scan(store: LogitStore, document: int, offset: int = 0) -> Iterator[TeacherRows]:
     """The rows of a document from `offset` on, at most some 4 million entries at once."""
+    at_once = _rows_at_once(store)
     length = store.document_length(document)
     while offset < length:
-        rows = store.read(document, offset, min(_rows_at_once(store), length - offset))
+        rows = store.read(document, offset, min(at_once, length - offset))
         yield rows
         offset += len(rows)
 
@@ -31,9 +32,10 @@ def scan_documents(
     """(document, offset, rows) of documents in ascending order, at most some 4 million entries at
     once. The rows go on over the ends of documents that follow each other, so that short ones cost
     no more than long ones."""
+    at_once = _rows_at_once(store)
     for run in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
         if len(run):
-            yield from store.scan(range(int(run[0]), int(run[-1]) + 1), _rows_at_once(store))
+            yield from store.scan(range(int(run[0]), int(run[-1]) + 1), at_once)
 
 
 def _rows_at_once(store: LogitStore) -> int:
