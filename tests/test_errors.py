@@ -1,8 +1,11 @@
 """What the processes of a machine say of their mistakes."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 PROGRAM = """
 import os
@@ -31,3 +34,24 @@ def test_each_different_sentence_is_said_once(tmp_path: Path) -> None:
     assert sum("what all say" in line for line in said) == 1
     assert "error (rank 2): what rank 2 alone says" in said
     assert len(said) == 2
+
+
+AT_THE_END = """
+import atexit, os, sys
+from megatron_pd.cli import script
+atexit.register(os.kill, os.getpid(), int(sys.argv.pop()))
+script()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", [["stats", "--help"], ["stats", "/nowhere"]])
+def test_a_stop_after_the_end_is_no_traceback(number: signal.Signals, words: list[str]) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, *words, str(int(number))],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert found.returncode == -number
+    assert "Traceback" not in found.stderr

@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_pd.cli import main
+from megatron_pd.cli import script
 
 sys.argv.insert(1, "preprocess")
-sys.exit(main())
+script()

@@ -7,11 +7,13 @@ from `sys.argv`; they offer `HELP` and `main()`, as `convert` does for `convert 
 
 import argparse
 import importlib
+import signal
 import sys
+from typing import NoReturn
 
 from megatron_pd.errors import reporting_errors, stop_on_sigterm
 
-__all__ = ["main"]
+__all__ = ["main", "script"]
 
 _COMMANDS = (
     "train-tokenizer",
@@ -27,8 +29,18 @@ _COMMANDS = (
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 
 
+def script() -> NoReturn:
+    """Entry point of the `megatron-pd` script."""
+    try:
+        status = main()
+    finally:  # what is left are other libraries' exit hooks, where a stop would be a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(status)
+
+
 def main() -> int:
-    """Entry point of the `megatron-pd` script. Returns the process's exit status."""
+    """One command, as `sys.argv` says. Returns the process's exit status."""
     with reporting_errors(unexpected=True):
         stop_on_sigterm()
         return _main()

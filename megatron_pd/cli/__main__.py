@@ -1,5 +1,3 @@
-import sys
+from megatron_pd.cli import script
 
-from megatron_pd.cli import main
-
-sys.exit(main())
+script()
