@@ -10,7 +10,7 @@ A row of random draws inverts the cumulative distribution instead: each rank has
 [0, 1) that its share of the vocabulary takes, and finds the draws that fall into it.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,35 @@ class CapturedRows(NamedTuple):
     lse: Tensor  # float32 [...], log-sum-exp of the logits; not finite where they are no numbers
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """Those over which the vocabulary is split; the collectives of a single one do nothing."""
+
+    group: torch.distributed.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    def gathered(self, own: Tensor) -> list[Tensor]:
+        """Every rank's tensor, by rank."""
+        if self.size == 1:
+            return [own]
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, own, group=self.group)
+        return parts
+
+    def reduced(self, values: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
+        """`values`, in place reduced over the ranks."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values, op=operation, group=self.group)
+        return values
+
+
 def capture_rows(
     logits: Tensor,
     labels: Tensor,
@@ -44,7 +73,7 @@ def capture_rows(
     top_k: int = 1,
     uniforms: Tensor | None = None,
     vocab_size: int,
-    tp_group: torch.distributed.ProcessGroup,
+    tp_group: torch.distributed.ProcessGroup | None = None,
     statistics: bool = False,
 ) -> CapturedRows:
     """The teacher's rows on every TP rank: top-p, then top-k (Eq. 4's Truncate), or random draws.
@@ -55,8 +84,10 @@ def capture_rows(
         uniforms: float64 [..., N] in [0, 1), the same on all ranks: a row is then the N draws that
             they make, as `targets.rows_of_draws` gives them, whatever top_p and top_k.
         vocab_size: true vocabulary size; padding beyond it can be no candidate.
+        tp_group: the ranks over which the vocabulary is split evenly; None is one rank.
         statistics: also the entropy and the standard deviation of the full distribution's logits.
     """
+    ranks = _Ranks(tp_group)
     leading = logits.shape[:-1]
     flat_TV, labels_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     uniforms_TN = None if uniforms is None else uniforms.reshape(-1, uniforms.shape[-1])
@@ -67,14 +98,14 @@ def capture_rows(
         label_logq_T1, lse_T = sparse_log_softmax(
             logits_TV, labels_T[chunk].unsqueeze(-1), tp_group=tp_group, vocab_size=vocab_size
         )
-        first = tp_group.rank() * logits_TV.shape[1]
+        first = ranks.rank * logits_TV.shape[1]
         own_TV = logits_TV[:, : max(0, vocab_size - first)]
         if uniforms_TN is None:
-            rows = _nuclei(own_TV, lse_T, first, top_p, top_k, tp_group)
+            rows = _nuclei(own_TV, lse_T, first, top_p, top_k, ranks)
         else:
-            rows = rows_of_draws(_draw(own_TV, lse_T, first, uniforms_TN[chunk], tp_group))
+            rows = rows_of_draws(_draw(own_TV, lse_T, first, uniforms_TN[chunk], ranks))
         if statistics:
-            entropy_T, std_T = _statistics(own_TV, lse_T, vocab_size, tp_group)
+            entropy_T, std_T = _statistics(own_TV, lse_T, vocab_size, ranks)
             rows = replace(rows, entropy=entropy_T, std=std_T)
         parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1), lse_T))
 
@@ -103,9 +134,9 @@ def _nuclei(
     first: int,
     top_p: float,
     top_k: int,
-    tp_group: torch.distributed.ProcessGroup,
+    ranks: _Ranks,
 ) -> TeacherTargets:
-    values_TK, ids_TK = _gathered_top_k(own_TV, first, top_k, tp_group)
+    values_TK, ids_TK = _gathered_top_k(own_TV, first, top_k, ranks)
     found_TK = ids_TK >= 0
     candidates = TeacherTargets(
         ids_TK,
@@ -115,23 +146,19 @@ def _nuclei(
     return truncate(candidates, top_p=top_p)
 
 
-def _gathered_top_k(
-    own_TV: Tensor, first: int, top_k: int, tp_group: torch.distributed.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def _gathered_top_k(own_TV: Tensor, first: int, top_k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
     """The top k logits over all ranks and their global ids (int32); −1 where there are fewer."""
     values_TK = own_TV.new_full((len(own_TV), top_k), -torch.inf)
     ids_TK = torch.full_like(values_TK, -1, dtype=torch.int32)
     proposals = min(top_k, own_TV.shape[1])
     values_TK[:, :proposals], indices = own_TV.topk(proposals, dim=-1)
     ids_TK[:, :proposals] = indices.int() + first
-    if tp_group.size() > 1:
-        gathered = []
-        for proposal in (values_TK, ids_TK):
-            parts = [torch.empty_like(proposal) for _ in range(tp_group.size())]
-            torch.distributed.all_gather(parts, proposal, group=tp_group)
-            gathered.append(torch.cat(parts, dim=-1))
-        values_TK, order = gathered[0].topk(top_k, dim=-1)
-        ids_TK = gathered[1].gather(-1, order)
+    if ranks.size > 1:
+        all_values, all_ids = (
+            torch.cat(ranks.gathered(proposal), dim=-1) for proposal in (values_TK, ids_TK)
+        )
+        values_TK, order = all_values.topk(top_k, dim=-1)
+        ids_TK = all_ids.gather(-1, order)
     return values_TK, ids_TK.masked_fill(values_TK == -torch.inf, -1)
 
 
@@ -140,7 +167,7 @@ def _draw(
     lse_T: Tensor,
     first: int,
     uniforms_TN: Tensor,
-    tp_group: torch.distributed.ProcessGroup,
+    ranks: _Ranks,
 ) -> Tensor:
     """Global ids int64 [T, N], drawn from the full distribution.
 
@@ -150,9 +177,7 @@ def _draw(
     cumulative_TV = (own_TV - lse_T.unsqueeze(-1)).exp().cumsum(-1, dtype=torch.float64)
     tokens, shard_size = cumulative_TV.shape
     own_mass_T = cumulative_TV[:, -1] if shard_size else cumulative_TV.new_zeros(tokens)
-    masses_RT = [torch.empty_like(own_mass_T) for _ in range(tp_group.size())]
-    torch.distributed.all_gather(masses_RT, own_mass_T.contiguous(), group=tp_group)
-    ends_TR = torch.stack(masses_RT, dim=-1).cumsum(-1)
+    ends_TR = torch.stack(ranks.gathered(own_mass_T.contiguous()), dim=-1).cumsum(-1)
     total_T1 = ends_TR[:, -1:]
     below_total_T1 = torch.nextafter(total_T1, torch.zeros_like(total_T1))
     points_TN = torch.minimum(uniforms_TN * total_T1, below_total_T1)
@@ -160,16 +185,15 @@ def _draw(
     rank_TN = torch.searchsorted(ends_TR, points_TN, right=True)
     ids_TN = torch.full_like(rank_TN, -1)
     if shard_size:
-        offset_T1 = ends_TR[:, tp_group.rank(), None] - own_mass_T.unsqueeze(-1)
+        offset_T1 = ends_TR[:, ranks.rank, None] - own_mass_T.unsqueeze(-1)
         local_TN = torch.searchsorted(cumulative_TV, points_TN - offset_T1, right=True)
-        is_own_TN = rank_TN == tp_group.rank()
+        is_own_TN = rank_TN == ranks.rank
         ids_TN = torch.where(is_own_TN, local_TN.clamp(max=shard_size - 1) + first, ids_TN)
-    torch.distributed.all_reduce(ids_TN, op=torch.distributed.ReduceOp.MAX, group=tp_group)
-    return ids_TN
+    return ranks.reduced(ids_TN, torch.distributed.ReduceOp.MAX)
 
 
 def _statistics(
-    own_TV: Tensor, lse_T: Tensor, vocab_size: int, tp_group: torch.distributed.ProcessGroup
+    own_TV: Tensor, lse_T: Tensor, vocab_size: int, ranks: _Ranks
 ) -> tuple[Tensor, Tensor]:
     """Entropy (nats) and standard deviation of the logits over the full vocabulary: float32 [T]."""
     logp_TV = own_TV - lse_T.unsqueeze(-1)
@@ -177,7 +201,7 @@ def _statistics(
     # standard deviation infinite, as it should.
     plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV)
     sums = torch.stack([x.sum(-1, dtype=torch.float64) for x in (plogp_TV, logp_TV, logp_TV**2)])
-    torch.distributed.all_reduce(sums, group=tp_group)
+    ranks.reduced(sums, torch.distributed.ReduceOp.SUM)
     mean_T, mean_square_T = sums[1] / vocab_size, sums[2] / vocab_size
     return -sums[0].float(), (mean_square_T - mean_T**2).clamp(min=0).sqrt().float()
 

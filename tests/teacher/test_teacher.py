@@ -6,7 +6,6 @@ import multiprocessing
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -304,8 +303,7 @@ def test_a_teacher_whose_numbers_are_none_is_refused_where_they_arise(
     batch = Batch(
         [Window(11, 20, 4, 21)], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4).long()
     )
-    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
-    captured = capture_rows(logits, batch.labels, top_k=5, vocab_size=VOCAB_SIZE, tp_group=group)
+    captured = capture_rows(logits, batch.labels, top_k=5, vocab_size=VOCAB_SIZE)
     with pytest.raises(UserError, match="document 11, offset 22 hold NaN or infinity"):
         rows_of_windows(batch, captured)
 
