@@ -58,6 +58,22 @@ class MegatronCorpus:
         start = int(self._index.positions[document]) + offset * dtype.itemsize
         return self._bytes[start : start + length * dtype.itemsize].view(dtype)
 
+    def gather(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """`tokens` of many spans, one after another: 1-D, the file's dtype.
+
+        Args:
+            documents, offsets, lengths: int64 [spans].
+        """
+        dtype = self._index.dtype
+        ends = np.cumsum(lengths)
+        if not len(ends) or not ends[-1]:
+            return np.zeros(0, dtype)
+        starts = self._index.positions[documents] + (offsets - (ends - lengths)) * dtype.itemsize
+        at = np.repeat(starts, lengths) + np.arange(ends[-1]) * dtype.itemsize
+        # A token begins at any byte that the index names.
+        everywhere = (len(self._bytes) - dtype.itemsize + 1,)
+        return np.ndarray(everywhere, dtype, self._bytes, strides=(1,))[at]
+
     def __len__(self) -> int:
         return len(self._index.lengths)
 

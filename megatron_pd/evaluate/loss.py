@@ -7,6 +7,7 @@ Every token but the first of each document is predicted once.
 
 import argparse
 import json
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import torch
 from tqdm import tqdm
 
 from megatron_pd.data.corpus import MegatronCorpus, training_prefixes
-from megatron_pd.data.windows import batches_of, windows_of
+from megatron_pd.data.windows import Batch, batches_of, document_groups, windows_of
 from megatron_pd.errors import UserError
 from megatron_pd.evaluate.calibration import BINS, confidence_bins, expected_calibration_error
 from megatron_pd.megatron.inference import ForwardOnlyModel, load_model
 from megatron_pd.teacher.capture import CapturedRows, capture_rows
 
 __all__ = ["evaluate", "main"]
+
+_GROUP_TOKENS = 1 << 22  # whose windows are sorted by length at once
 
 
 def main() -> int:
@@ -77,38 +80,21 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
 
     for prefix in prefixes:
         corpus = MegatronCorpus(prefix)
-        windows = [
-            window
-            for document in range(model.replica, len(corpus), model.replicas)
-            for window in windows_of(
-                document,
-                int(corpus.document_lengths[document]),
-                args.seq_length,
-                args.evaluate_overlap,
-            )
-        ]
-        batches = batches_of(
-            corpus,
-            windows,
-            batch_size=args.micro_batch_size,
-            sequence_length=args.seq_length,
-            length_multiple=args.tensor_model_parallel_size,
-        )
-        for batch in tqdm(
-            batches,
-            total=-(-len(windows) // args.micro_batch_size),
+        share = np.arange(model.replica, len(corpus), model.replicas)
+        with tqdm(
+            total=int(np.maximum(corpus.document_lengths[share] - 1, 0).sum()),
             desc=f"evaluate {Path(prefix).name}",
+            unit=" tokens",
+            unit_scale=True,
             disable=not (model.writes and model.replica == 0),
-        ):
-            captured = model.run(batch, capture)
-            if not model.writes:
-                continue
-            for row, window in enumerate(batch.windows):
-                own = (row, slice(window.keep - window.start, window.length))
-                loss_sum -= captured.label_logprob[own].double().sum().item()
-                confidence = captured.targets.logprobs[own][:, 0].double().exp().cpu().numpy()
-                correct = (captured.targets.ids[own][:, 0] == batch.labels[own]).cpu().numpy()
-                bins += confidence_bins(confidence, correct)
+        ) as progress:
+            for batch in _batches(model, corpus, share):
+                captured = model.run(batch, capture)
+                if model.writes:
+                    loss, found = _figures(batch, captured)
+                    loss_sum += loss
+                    bins += found
+                progress.update(int(batch.kept.sum()))
     totals = torch.tensor([loss_sum, *bins.flatten()], dtype=torch.float64)
     torch.distributed.all_reduce(totals, group=everyone)
     loss_sum, bins = totals[0].item(), totals[1:].numpy().reshape(3, BINS)
@@ -130,3 +116,31 @@ def evaluate(model: ForwardOnlyModel, prefixes: list[str]) -> dict[str, Any]:
         "ece": expected_calibration_error(bins),
         "tokens": int(tokens),
     }
+
+
+def _batches(
+    model: ForwardOnlyModel, corpus: MegatronCorpus, documents: np.ndarray
+) -> Iterator[Batch]:
+    """Of these documents, int64."""
+    args = model.args
+    lengths = corpus.document_lengths[documents]
+    for group in document_groups(lengths, _GROUP_TOKENS):
+        yield from batches_of(
+            corpus,
+            windows_of(documents[group], lengths[group], args.seq_length, args.evaluate_overlap),
+            batch_size=args.micro_batch_size,
+            sequence_length=args.seq_length,
+            length_multiple=args.tensor_model_parallel_size,
+        )
+
+
+def _figures(batch: Batch, captured: CapturedRows) -> tuple[float, np.ndarray]:
+    """The summed loss of the tokens that the windows keep, and their confidence bins."""
+    kept = batch.kept.to(captured.lse.device)
+    top = captured.targets
+    confidence = top.logprobs[kept][:, 0].double().exp()
+    correct = top.ids[kept][:, 0] == batch.labels.to(kept.device)[kept]
+    return (
+        -captured.label_logprob[kept].double().sum().item(),
+        confidence_bins(confidence.cpu().numpy(), correct.cpu().numpy()),
+    )

@@ -43,12 +43,27 @@ class DocumentRows:
         document = self._document_of(row)
         return bool(row - self.starts[document] == self.appended[document])
 
-    def are_next(self, row: int, end: int) -> bool:
-        """Whether the rows [row, end) exist, and are those that their documents lack next."""
-        if not 0 <= row < end <= self.starts[-1] or not self.is_next(row):
-            return False
-        last = int(np.searchsorted(self.starts, end, "left"))
-        return not self.appended[self._document_of(row) + 1 : last].any()
+    def lacking(self, row: int, end: int) -> np.ndarray | None:
+        """Those of the rows [row, end) that were not appended: int64 [runs, 2], the first of each
+        run and its end. None: there are no such rows, or a document lacks rows before them."""
+        if not 0 <= row <= end <= self.starts[-1]:
+            return None
+        which = slice(self._document_of(row), int(np.searchsorted(self.starts, end, "left")))
+        starts = self.starts[which]
+        begins = starts + self.appended[which]
+        if (np.maximum(row, starts) > begins).any():
+            return None
+        ends = np.minimum(end, self.starts[1:][which])
+        lacks = begins < ends
+        begins, ends = begins[lacks], ends[lacks]
+        joined = begins[1:] == ends[:-1]
+        return np.stack(
+            [
+                np.delete(begins, np.flatnonzero(joined) + 1),
+                np.delete(ends, np.flatnonzero(joined)),
+            ],
+            axis=1,
+        )
 
     def last_in(self, row: int, end: int) -> np.ndarray:
         """Which of the rows [row, end) are the last of their document, counted from `row`."""

@@ -91,7 +91,7 @@ class TeacherRows:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getitem__(self, rows: slice) -> TeacherRows:
+    def __getitem__(self, rows: slice | np.ndarray) -> TeacherRows:
         statistics = {name: values[rows] for name, values in self.statistics.items()}
         return TeacherRows(self.ids[rows], self.logprobs[rows], self.counts[rows], statistics)
 
@@ -102,9 +102,9 @@ class TeacherRows:
         unknown = {name: np.full(n, np.nan, np.float32) for name in statistics}
         return cls(ids, np.zeros((n, width), np.float32), np.zeros(n, np.int32), unknown)
 
-    def put(self, row: int, rows: TeacherRows) -> None:
-        """Write `rows`, which are no wider, over those from `row` on."""
-        at, width = slice(row, row + len(rows)), rows.ids.shape[1]
+    def put(self, at: np.ndarray, rows: TeacherRows) -> None:
+        """Write `rows`, which are no wider, over those with the numbers `at`, int64 [rows]."""
+        width = rows.ids.shape[1]
         self.ids[at, :width] = rows.ids
         self.logprobs[at, :width] = rows.logprobs
         self.counts[at] = rows.counts

@@ -141,16 +141,26 @@ class LogitStoreWriter:
         index = self._checked_position(document, offset, len(rows))
         self._append(int(self._rows.starts[index]) + offset, rows)
 
-    def append_run(self, document: int, offset: int, rows: TeacherRows) -> None:
-        """As `append`, of rows that go on into the documents after it, none of which has rows yet:
-        many short documents cost no more than a few long ones."""
-        self._check_usable()
+    def append_run(self, document: int, offset: int, rows: TeacherRows) -> int:
+        """As `append`, of rows that go on into the documents after it: many short documents cost
+        no more than a few long ones. What is there already is passed over.
+
+        Returns:
+            how many rows were not there.
+        """
         index = self._checked_document(document)
+        self._check_unfinished()
         row = int(self._rows.starts[index]) + offset
-        is_next = offset == self._rows.appended[index]
-        if self._shard is None or not is_next or not self._rows.are_next(row, row + len(rows)):
-            raise StoreError(f"{self._final}: row {row} was appended out of turn.")
-        self._append(row, rows)
+        within = offset == 0 or 0 < offset < self._rows.length(index)
+        lacking = self._rows.lacking(row, row + len(rows)) if within else None
+        if lacking is None:
+            raise StoreError(
+                f"{self._final}: rows from document {document}, offset {offset} on were appended "
+                "out of turn."
+            )
+        for begin, end in lacking.tolist():
+            self._append(begin, rows[begin - row : end - row])
+        return int((lacking[:, 1] - lacking[:, 0]).sum())
 
     def _append(self, row: int, rows: TeacherRows) -> None:
         end = row + len(rows)
@@ -369,6 +379,11 @@ class LogitStoreWriter:
                 "what was flushed is kept, and written(document) says where to go on."
             )
 
+    def _check_unfinished(self) -> None:
+        self._check_usable()
+        if self._shard is None:
+            raise StoreError(f"{self._final}: the shard is finished, nothing can be added to it.")
+
     def _check_complete(self) -> None:
         missing = self._rows.incomplete()
         if len(missing):
@@ -415,10 +430,8 @@ class LogitStoreWriter:
         return document - self.documents.start
 
     def _checked_position(self, document: int, offset: int, rows: int) -> int:
-        self._check_usable()
         index = self._checked_document(document)
-        if self._shard is None:
-            raise StoreError(f"{self._final}: the shard is finished, nothing can be added to it.")
+        self._check_unfinished()
         if offset != self._rows.appended[index]:
             raise StoreError(
                 f"document {document}: rows must come in order; the next one is "

@@ -210,39 +210,39 @@ def uniforms_of(batch: Batch, seed: int, draws: int) -> torch.Tensor:
     """Random numbers for the draws, float64 [B, L, N]: a function of the window and the seed, so
     that neither the batch, the parallel layout nor a restart changes what is drawn."""
     uniforms = np.zeros((*batch.tokens.shape, draws))
-    for row, window in enumerate(batch.windows):
-        random = np.random.default_rng([seed, window.document, window.start])
-        uniforms[row, : window.length] = random.random((window.length, draws))
+    windows = batch.windows
+    spans = np.stack([windows.documents, windows.starts, windows.lengths], axis=1).tolist()
+    for row, (document, start, length) in enumerate(spans):
+        random = np.random.default_rng([seed, document, start])
+        uniforms[row, :length] = random.random((length, draws))
     return torch.from_numpy(uniforms)
 
 
-def rows_of_windows(batch: Batch, captured: CapturedRows) -> list[TeacherRows]:
-    """The rows of each window's tokens, as the store takes them.
+def rows_of_windows(batch: Batch, captured: CapturedRows) -> TeacherRows:
+    """The rows of all windows' tokens, one window after another, as the store takes them.
 
     Raises:
         UserError: the logits of a token are not finite.
     """
-    finite = torch.isfinite(captured.lse).cpu().numpy()
-    for row, window in enumerate(batch.windows):
-        if not finite[row, : window.length].all():
-            offset = window.start + int(np.argmin(finite[row, : window.length]))
-            raise UserError(
-                f"The teacher's logits at document {window.document}, offset {offset} hold NaN or "
-                "infinity. Check the checkpoint's weights, and the precision that it runs in."
-            )
-    targets = captured.targets
-    ids, logprobs, counts = (
-        tensor.cpu().numpy() for tensor in (targets.ids, targets.logprobs, targets.counts)
-    )
-    statistics = {"label_logprob": captured.label_logprob.cpu().numpy()}
-    if targets.entropy is not None and targets.std is not None:
-        statistics |= {"entropy": targets.entropy.cpu().numpy(), "std": targets.std.cpu().numpy()}
-    return [
-        TeacherRows(
-            ids[row, : window.length],
-            logprobs[row, : window.length],
-            counts[row, : window.length],
-            {name: values[row, : window.length] for name, values in statistics.items()},
+    filled = batch.filled.to(captured.lse.device)
+
+    def filled_rows(values: Tensor) -> np.ndarray:
+        return values[filled].cpu().numpy()
+
+    if not (finite := filled_rows(torch.isfinite(captured.lse))).all():
+        documents, offsets, _ = batch.windows.rows
+        row = int(np.argmin(finite))
+        raise UserError(
+            f"The teacher's logits at document {documents[row]}, offset {offsets[row]} hold NaN or "
+            "infinity. Check the checkpoint's weights, and the precision that it runs in."
         )
-        for row, window in enumerate(batch.windows)
-    ]
+    targets = captured.targets
+    statistics = {"label_logprob": captured.label_logprob}
+    if targets.entropy is not None and targets.std is not None:
+        statistics |= {"entropy": targets.entropy, "std": targets.std}
+    return TeacherRows(
+        filled_rows(targets.ids),
+        filled_rows(targets.logprobs),
+        filled_rows(targets.counts),
+        {name: filled_rows(values) for name, values in statistics.items()},
+    )

@@ -8,13 +8,12 @@ on any number of replicas.
 """
 
 import os
-from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_pd.data.corpus import MegatronCorpus
-from megatron_pd.data.windows import batches_of, windows_of
+from megatron_pd.data.windows import Windows, batches_of, document_groups, windows_of
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStoreWriter, ShardInUseError, TeacherRows
 from megatron_pd.store.admin.merge import even_ranges
@@ -23,7 +22,7 @@ from megatron_pd.teacher.protocol import Teacher
 
 __all__ = ["dump", "shards_of"]
 
-_GROUP_TOKENS = 1 << 16
+_GROUP_TOKENS = 1 << 16  # in memory, and durable, at once
 
 
 def dump(teacher: Teacher, corpus: MegatronCorpus, path: str, config: DumpConfig) -> None:
@@ -76,14 +75,14 @@ def _dump_shard(
     found = None
     if teacher.writes:
         # A shard that another replica writes is as good as written.
-        found = lengths if writer is None else _durable_rows(writer)
+        found = lengths if writer is None else writer.written_rows
     durable = teacher.share(found)
     try:
-        for group in _document_groups(lengths):
+        for group in document_groups(lengths, _GROUP_TOKENS):
             if (durable[group] < lengths[group]).any():
                 rows = _rows_of(teacher, corpus, documents[group], durable[group], config)
                 if writer is not None:
-                    _append(writer, documents[group], lengths[group], durable[group], rows)
+                    writer.append_run(documents[group].start, 0, rows)
                     writer.flush()
             progress.update(int(lengths[group].sum()))
         if writer is not None:
@@ -115,21 +114,6 @@ def _claim(
         return None
 
 
-def _durable_rows(writer: LogitStoreWriter) -> np.ndarray:
-    return np.array([writer.written(document) for document in writer.documents], np.int64)
-
-
-def _document_groups(lengths: np.ndarray) -> Iterator[slice]:
-    """Consecutive documents of about _GROUP_TOKENS tokens: in memory, and durable, at once."""
-    ends = np.cumsum(lengths)
-    start = 0
-    while start < len(lengths):
-        before = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, before + _GROUP_TOKENS)) + 1
-        yield slice(start, min(stop, len(lengths)))
-        start = stop
-
-
 def _rows_of(
     teacher: Teacher,
     corpus: MegatronCorpus,
@@ -147,57 +131,40 @@ def _rows_of(
     """
     assert config.overlap is not None
     lengths = corpus.document_lengths[documents.start : documents.stop]
-    starts = np.cumsum(lengths) - lengths
-    windows = [
-        window
-        for document, length, done in zip(
-            documents, lengths.tolist(), durable.tolist(), strict=True
-        )
-        if done < length
-        for window in windows_of(document, length, config.sequence_length, config.overlap)
-        if window.start + window.length > done
-    ]
-    found: list[tuple[int, TeacherRows]] = []
-    for batch in batches_of(
+    windows = windows_of(
+        np.arange(documents.start, documents.stop), lengths, config.sequence_length, config.overlap
+    )
+    done = durable[windows.documents - documents.start]
+    batches = batches_of(
         corpus,
-        windows,
+        windows[windows.starts + windows.lengths > done],
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
         length_multiple=teacher.length_multiple,
-    ):
+    )
+    starts = np.cumsum(lengths) - lengths
+    found: list[tuple[np.ndarray, TeacherRows]] = []
+    for batch in batches:
         rows_of_batch = teacher.run(batch, config)
         if rows_of_batch is None:
             continue
-        for window, window_rows in zip(batch.windows, rows_of_batch, strict=True):
-            own = window_rows[window.keep - window.start :]
-            _check_taught(teacher, window.document, window.keep, own)
-            found.append((int(starts[window.document - documents.start]) + window.keep, own))
+        _check_taught(teacher, batch.windows, rows_of_batch)
+        numbers, offsets, own = batch.windows.rows
+        at = starts[numbers[own] - documents.start] + offsets[own]
+        found.append((at, rows_of_batch[own]))
     width = max((part.ids.shape[1] for _, part in found), default=0)
     rows = TeacherRows.empty(int(lengths.sum()), width, config.row_statistics)
-    for row, part in found:
-        rows.put(row, part)
+    for at, part in found:
+        rows.put(at, part)
     return rows
 
 
-def _check_taught(teacher: Teacher, document: int, offset: int, rows: TeacherRows) -> None:
+def _check_taught(teacher: Teacher, windows: Windows, rows: TeacherRows) -> None:
     """A window's tokens all have a next one, so each has a distribution."""
     if len(empty := np.flatnonzero(rows.counts == 0)):
+        documents, offsets, _ = windows.rows
         raise UserError(
             f"{teacher.identity.get('teacher', 'The teacher')} gives no distribution at document "
-            f"{document}, offset {offset + int(empty[0])}: its probabilities are not numbers or "
-            "all 0. Check its weights, and the precision that it runs in."
+            f"{documents[empty[0]]}, offset {offsets[empty[0]]}: its probabilities are not numbers "
+            "or all 0. Check its weights, and the precision that it runs in."
         )
-
-
-def _append(
-    writer: LogitStoreWriter,
-    documents: range,
-    lengths: np.ndarray,
-    durable: np.ndarray,
-    rows: TeacherRows,
-) -> None:
-    start = 0
-    for document, length, done in zip(documents, lengths.tolist(), durable.tolist(), strict=True):
-        if done < length:
-            writer.append(document, done, rows[start + done : start + length])
-        start += length

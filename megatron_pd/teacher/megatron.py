@@ -98,7 +98,7 @@ class MegatronTeacher:
             "tokenizer": tokenizer_fingerprint(model.tokenizer),
         }
 
-    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
+    def run(self, batch: Batch, config: DumpConfig) -> TeacherRows | None:
         """See `Teacher.run`."""
         selection: dict[str, Any]
         if config.sampled is None:

@@ -47,13 +47,13 @@ class Teacher(Protocol):
     def writes(self) -> bool:
         """Whether this rank gets its replica's rows and writes them."""
 
-    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
-        """The rows of every window of a batch; all ranks of a replica call it together.
+    def run(self, batch: Batch, config: DumpConfig) -> TeacherRows | None:
+        """The rows of a batch's windows; all ranks of a replica call it together.
 
         Returns:
-            for each window the rows of its `length` tokens, cut or drawn as `config` says, with the
-            statistic `label_logprob` and those that `config` asks for; None on ranks that don't
-            write.
+            the rows of all windows' tokens, one window after another (padding has none), cut or
+            drawn as `config` says, with the statistic `label_logprob` and those that `config` asks
+            for; None on ranks that don't write.
         """
 
     def share(self, values: np.ndarray | None) -> np.ndarray:

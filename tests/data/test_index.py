@@ -8,6 +8,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_pd.data.corpus import MegatronCorpus
+from megatron_pd.data.index import HEADER
 from megatron_pd.errors import UserError
 
 INTEGERS = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64]
@@ -43,6 +44,37 @@ def test_documents_are_those_that_megatron_reads(tmp_path, dtype, multimodal):
             found.tokens(document, offset, part), tokens[offset : offset + part]
         )
         np.testing.assert_array_equal(found.tokens(document, offset), tokens[offset:])
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_many_spans_are_gathered_at_once(tmp_path, dtype):
+    build(tmp_path / "corpus", dtype)
+    corpus = MegatronCorpus(str(tmp_path / "corpus"))
+    rng = np.random.default_rng()
+    documents = rng.integers(0, len(corpus), 50)
+    offsets = rng.integers(0, corpus.document_lengths[documents] + 1)
+    lengths = rng.integers(0, corpus.document_lengths[documents] - offsets + 1)
+    spans = (documents, offsets, lengths)
+    found = corpus.gather(*spans)
+    assert found.dtype == dtype
+    expected = [corpus.tokens(*span) for span in zip(*spans, strict=True)]
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+    assert len(corpus.gather(*(values[:0] for values in spans))) == 0
+
+
+def test_tokens_may_lie_at_any_byte(tmp_path):
+    """As an index allows."""
+    built = build(tmp_path / "corpus", np.int32)
+    expected = np.concatenate([built.get(document) for document in range(len(built))])
+    tokens, index = (tmp_path / f"corpus.{suffix}" for suffix in ("bin", "idx"))
+    tokens.write_bytes(b"\0" + tokens.read_bytes())
+    changed = bytearray(index.read_bytes())
+    positions = np.frombuffer(changed, "<i8", len(built), HEADER.size + 4 * len(built))
+    positions += 1
+    index.write_bytes(changed)
+    corpus = MegatronCorpus(str(tmp_path / "corpus"))
+    whole = (np.arange(len(corpus)), np.zeros(len(corpus), np.int64), corpus.document_lengths)
+    np.testing.assert_array_equal(corpus.gather(*whole), expected)
 
 
 def test_every_type_of_tokens_is_known_or_refused(tmp_path):

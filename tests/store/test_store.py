@@ -263,6 +263,44 @@ def test_runs_of_documents_are_their_rows(tmp_path: Path, rng: np.random.Generat
     assert row == starts[stop]
 
 
+def test_a_run_passes_over_what_is_there(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Whatever an earlier writer left: whole documents, parts of them, none."""
+    corpus = RandomCorpus(rng, 60, 50, mean=4)
+    lengths = corpus.document_lengths
+    documents = [random_rows(rng, int(n), 50, 4) for n in lengths]
+    settings = {
+        "vocab_size": 50,
+        "document_lengths": lengths,
+        "metadata": {},
+        "codec": "exact",
+        "corpus": corpus,
+    }
+    done = np.where(rng.random(60) < 0.5, rng.integers(0, lengths + 1), 0)
+    writer = LogitStoreWriter(tmp_path / "s", **settings)
+    for document in rng.permutation(60):
+        if done[document]:
+            writer.append(document, 0, documents[document][: done[document]])
+    writer.flush()
+    writer.abandon()
+    rows = TeacherRows.concatenate(documents)
+    starts = np.cumsum(lengths) - lengths
+    for document, n in enumerate(done):  # which needn't have been computed again
+        rows.counts[starts[document] : starts[document] + n] = 0
+    half = int(rng.integers(60))
+    with LogitStoreWriter(tmp_path / "s", **settings) as writer:
+        np.testing.assert_array_equal(writer.written_rows, done)
+        parts = [(0, rows[: starts[half]]), (half, rows[starts[half] :])]
+        added = [writer.append_run(document, 0, part) for document, part in parts]
+        assert added == [(lengths - done)[:half].sum(), (lengths - done)[half:].sum()]
+        assert writer.append_run(0, 0, rows) == 0
+        with pytest.raises(StoreError, match="out of turn"):
+            writer.append_run(half, 0, rows)  # beyond the last document
+    store = LogitStore(tmp_path / "s")
+    store.check_corpus(corpus, full=True)
+    for document, expected in enumerate(documents):
+        assert_rows_equal(store.read(document), expected)
+
+
 def test_a_run_with_a_last_row_that_has_entries(tmp_path: Path, rng: np.random.Generator) -> None:
     rows = TeacherRows.concatenate([random_rows(rng, n, 50, 4) for n in (2, 3, 2)])
     while not rows.counts[3]:

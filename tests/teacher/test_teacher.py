@@ -14,9 +14,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_pd.data.corpus import MegatronCorpus
-from megatron_pd.data.windows import Batch, Window
+from megatron_pd.data.windows import Batch, Windows
 from megatron_pd.errors import UserError
-from megatron_pd.store import LogitStore, StoreError, TeacherRows
+from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
 from megatron_pd.store.admin.merge import even_ranges
 from megatron_pd.store.codecs import Codec, ExactCodec
 from megatron_pd.store.ragged import RaggedRows
@@ -46,16 +46,12 @@ class BigramTeacher:
     def identity(self) -> Mapping[str, Any]:
         return {"teacher": "bigram", "fingerprint": f"{self.logprobs.sum():.9f}"}
 
-    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
-        rows = []
-        for window, tokens, labels in zip(
-            batch.windows, batch.tokens.numpy(), batch.labels.numpy(), strict=False
-        ):
-            self.tokens += window.length
-            if self.tokens > self._fail_after:
-                raise KeyboardInterrupt
-            rows.append(self.rows_of(tokens[: window.length], labels[: window.length], config))
-        return rows
+    def run(self, batch: Batch, config: DumpConfig) -> TeacherRows | None:
+        self.tokens += int(batch.windows.lengths.sum())
+        if self.tokens > self._fail_after:
+            raise KeyboardInterrupt
+        tokens, labels = (values[batch.filled].numpy() for values in (batch.tokens, batch.labels))
+        return self.rows_of(tokens, labels, config)
 
     def rows_of(self, tokens: np.ndarray, labels: np.ndarray, config: DumpConfig) -> TeacherRows:
         logprobs = self.logprobs[tokens]
@@ -106,6 +102,9 @@ def assert_store_is_the_teachers(
 ) -> None:
     for number, tokens in enumerate(documents):
         found = store.read(number)
+        assert len(found) == len(tokens)
+        if not len(tokens):
+            continue
         expected = teacher.rows_of(tokens[:-1], tokens[1:], config)
         assert found.counts[-1] == 0
         width = found.ids.shape[1]
@@ -123,6 +122,54 @@ def test_a_teacher_from_outside_fills_a_store(
     store.check_corpus(corpus, full=True)
     wanted = {**teacher.identity, "top_p": 1.0, "top_k": 5, "sequence_length": 8, "overlap": 3}
     assert wanted.items() <= store.metadata.items()
+
+
+def test_short_documents_in_any_batches_and_after_any_stop(
+    tmp_path: Path, config: DumpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every store is the same, row for row, whatever the batches were and where a dump stopped."""
+    rng = np.random.default_rng()
+    lengths = rng.choice([0, 1, 2, 3, 4, 5, 40], 300, p=[0.1, 0.1, 0.2, 0.3, 0.1, 0.15, 0.05])
+    documents = [rng.integers(0, VOCAB_SIZE, length) for length in lengths]
+    corpus = written(tmp_path / "short", documents)
+    table = rng.normal(size=(VOCAB_SIZE, VOCAB_SIZE))
+    monkeypatch.setattr(dump_module, "_GROUP_TOKENS", 100)
+    stores = []
+    for batch_size in (1, 3, 50):
+        path = str(tmp_path / f"{batch_size}.pd")
+        settings = dataclasses.replace(config, batch_size=batch_size)
+        fail_after = int(rng.integers(1, int(lengths.sum()) // 2))
+        with pytest.raises(KeyboardInterrupt):
+            dump(random_teacher(table, fail_after=fail_after), corpus, path, settings)
+        whole = LogitStoreWriter(
+            path,
+            vocab_size=VOCAB_SIZE,
+            document_lengths=lengths,
+            metadata={**random_teacher(table).identity, **settings.identity},
+            codec="exact",
+            statistics=["label_logprob"],
+            corpus=corpus,
+        )
+        left = np.flatnonzero((whole.written_rows == 0) & (lengths > 1))
+        for document in rng.choice(left, 5, replace=False).tolist():  # a kill amid a group
+            tokens = documents[document]
+            rows = random_teacher(table).rows_of(tokens[:-1], tokens[1:], settings)
+            whole.append(document, 0, rows[: int(rng.integers(1, len(tokens)))])
+        whole.flush()
+        whole.abandon()
+        teacher = random_teacher(table)
+        dump(teacher, corpus, path, settings)
+        stores.append(LogitStore(path))
+        assert_store_is_the_teachers(stores[-1], teacher, documents, config)
+        stores[-1].check_corpus(corpus, full=True)
+    for document in range(len(documents)):
+        first, *others = (store.read(document) for store in stores)
+        for rows in others:
+            np.testing.assert_array_equal(rows.ids, first.ids)
+            np.testing.assert_array_equal(rows.logprobs, first.logprobs)
+            np.testing.assert_array_equal(
+                rows.statistics["label_logprob"], first.statistics["label_logprob"]
+            )
 
 
 class MirroredCodec(Codec):
@@ -242,7 +289,7 @@ class SlowTeacher(BigramTeacher):
         self.replica = replica
         self._delay = delay
 
-    def run(self, batch: Batch, config: DumpConfig) -> list[TeacherRows] | None:
+    def run(self, batch: Batch, config: DumpConfig) -> TeacherRows | None:
         time.sleep(self._delay)
         return super().run(batch, config)
 
@@ -300,9 +347,8 @@ def test_a_teacher_whose_numbers_are_none_is_refused_where_they_arise(
         dump(teacher, corpus, str(tmp_path / "corpus.pd"), config)
     logits = torch.randn(1, 4, VOCAB_SIZE)
     logits[0, 2, 7] = wrong
-    batch = Batch(
-        [Window(11, 20, 4, 21)], torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4).long()
-    )
+    windows = Windows(*(np.array([value]) for value in (11, 20, 4, 21)))
+    batch = Batch(windows, torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4).long())
     captured = capture_rows(logits, batch.labels, top_k=5, vocab_size=VOCAB_SIZE)
     with pytest.raises(UserError, match="document 11, offset 22 hold NaN or infinity"):
         rows_of_windows(batch, captured)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_pd.store.admin.scan import sampled_documents, scan
+from megatron_pd.store.admin.scan import sampled_documents, scan_documents
 from megatron_pd.store.admin.stats import kept_mass
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import Corpus, StoreError
@@ -110,11 +110,10 @@ def plot_histograms(store: LogitStore, path: str) -> None:
     counts = np.zeros(store.max_count + 1, np.int64)
     masses = np.zeros(_MASS_BINS, np.int64)
     edges = np.linspace(0, 1, _MASS_BINS + 1)
-    for document in sampled_documents(store, _PLOTTED_ROWS).tolist():
-        for rows in scan(store, document):
-            counts += np.bincount(rows.counts, minlength=len(counts))
-            kept = kept_mass(rows)[rows.counts > 0].clip(max=1)
-            masses += np.histogram(kept, edges)[0]
+    for _, _, rows in scan_documents(store, sampled_documents(store, _PLOTTED_ROWS)):
+        counts += np.bincount(rows.counts, minlength=len(counts))
+        kept = kept_mass(rows)[rows.counts > 0].clip(max=1)
+        masses += np.histogram(kept, edges)[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     left.bar(np.arange(len(counts)), counts, width=1)
     left.set(xlabel="entries of a row", ylabel="rows")

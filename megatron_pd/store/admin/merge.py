@@ -172,7 +172,7 @@ def copy(
             codecs=source.codecs,
             flush_rows=_FLUSH_ROWS,
         ) as writer:
-            done = sum(writer.written(document) for document in documents)
+            done = int(writer.written_rows.sum())
             report(done)
             for row, block in source.blocks(documents, done):
                 writer.append_block(row, block)

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_pd.store.admin.merge import plan_copies, whole
 from megatron_pd.store.admin.parallel import Progress, run_jobs
-from megatron_pd.store.admin.scan import scan, scan_documents
+from megatron_pd.store.admin.scan import scan_documents
 from megatron_pd.store.codecs import Codec, CompactCodec, codec_named
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import StoreError, TeacherRows
@@ -72,17 +72,9 @@ def recode(
         ) as writer:
             written = writer.written_rows
             report(int(written.sum()))
-            begun = np.flatnonzero(written) + documents.start
-            for document in begun[written[begun - documents.start] < lengths[begun]].tolist():
-                offset = writer.written(document)
-                for rows in scan(store, document, offset):
-                    writer.append(document, offset, cut_rows(rows, top_p, top_k))
-                    offset += len(rows)
-                    report(len(rows))
-            rest = np.flatnonzero(written == 0) + documents.start
-            for document, offset, rows in scan_documents(store, rest):
-                writer.append_run(document, offset, cut_rows(rows, top_p, top_k))
-                report(len(rows))
+            lacking = np.flatnonzero(written < lengths[documents.start : documents.stop])
+            for document, offset, rows in scan_documents(store, lacking + documents.start):
+                report(writer.append_run(document, offset, cut_rows(rows, top_p, top_k)))
 
     shards = store.shard_documents
     if shard_rows:

@@ -10,20 +10,10 @@ import numpy as np
 from megatron_pd.store.reader import LogitStore
 from megatron_pd.store.types import TeacherRows
 
-__all__ = ["document_groups", "sampled_documents", "scan", "scan_documents"]
+__all__ = ["document_groups", "sampled_documents", "scan_documents"]
 
 _PIECE_ENTRIES = 1 << 22
 _GROUP_ROWS = 1 << 20
-
-
-def scan(store: LogitStore, document: int, offset: int = 0) -> Iterator[TeacherRows]:
-    """The rows of a document from `offset` on, at most some 4 million entries at once."""
-    at_once = _rows_at_once(store)
-    length = store.document_length(document)
-    while offset < length:
-        rows = store.read(document, offset, min(at_once, length - offset))
-        yield rows
-        offset += len(rows)
 
 
 def scan_documents(
@@ -32,14 +22,10 @@ def scan_documents(
     """(document, offset, rows) of documents in ascending order, at most some 4 million entries at
     once. The rows go on over the ends of documents that follow each other, so that short ones cost
     no more than long ones."""
-    at_once = _rows_at_once(store)
+    at_once = max(1024, _PIECE_ENTRIES // max(1, store.max_count))
     for run in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1):
         if len(run):
             yield from store.scan(range(int(run[0]), int(run[-1]) + 1), at_once)
-
-
-def _rows_at_once(store: LogitStore) -> int:
-    return max(1024, _PIECE_ENTRIES // max(1, store.max_count))
 
 
 def sampled_documents(store: LogitStore, max_rows: int | None) -> np.ndarray:
