@@ -149,7 +149,7 @@ class LogitStoreWriter:
             how many rows were not there.
         """
         index = self._checked_document(document)
-        self._check_unfinished()
+        self._check_usable()
         row = int(self._rows.starts[index]) + offset
         within = offset == 0 or 0 < offset < self._rows.length(index)
         lacking = self._rows.lacking(row, row + len(rows)) if within else None
@@ -158,6 +158,8 @@ class LogitStoreWriter:
                 f"{self._final}: rows from document {document}, offset {offset} on were appended "
                 "out of turn."
             )
+        if len(lacking):
+            self._check_unfinished()
         for begin, end in lacking.tolist():
             self._append(begin, rows[begin - row : end - row])
         return int((lacking[:, 1] - lacking[:, 0]).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import sys
 
@@ -14,6 +15,7 @@ from random_rows import RandomCorpus, assert_rows_equal, random_rows
 
 from megatron_pd.cli import main
 from megatron_pd.store import LogitStore, LogitStoreWriter, StoreError, TeacherRows
+from megatron_pd.store.admin import parquet
 from megatron_pd.store.admin.parquet import from_parquet, to_parquet
 
 VOCAB = 131
@@ -153,6 +155,70 @@ def test_rows_of_others(tmp_path, rng):
     assert store.read(4).counts.tolist() == [0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_some_rows_of_short_documents(tmp_path, rng, monkeypatch, share):
+    """All others are empty, at once or after stops at any moment."""
+    for name, rows in (("_BATCH_ROWS", 16), ("_FLUSH_ROWS", 30)):
+        monkeypatch.setattr(parquet, name, rows)
+    corpus = RandomCorpus(rng, 200, VOCAB, mean=3)
+    lengths = corpus.document_lengths
+    documents = np.repeat(np.arange(200), lengths)
+    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    last = offsets == lengths[documents] - 1
+    there = np.flatnonzero((rng.random(len(last)) < share) & ~last)
+    cut = int(documents[there[len(there) // 2]])  # the second file begins there
+    expected = {}
+    for name, part in (
+        ("a", there[documents[there] < cut]),
+        ("b", there[documents[there] >= cut]),
+    ):
+        rows = []
+        for row in part:
+            entries = rng.integers(1, 5)
+            logprobs = np.sort(np.log(rng.dirichlet(np.ones(entries)))).astype(np.float32)[::-1]
+            ids = rng.permutation(VOCAB)[:entries]
+            expected[documents[row], offsets[row]] = ids.tolist(), logprobs.tolist()
+            rows.append((documents[row], offsets[row], ids.tolist(), logprobs.tolist()))
+        foreign(tmp_path / f"{name}.parquet", rows)
+
+    def convert() -> LogitStore:
+        settings = {"vocab_size": VOCAB, "corpus": corpus, "codec": "exact"}
+        return from_parquet([tmp_path], tmp_path / "s", **settings)
+
+    append = LogitStoreWriter.append_run
+
+    def stopped_now_and_then(self, *arguments) -> int:
+        if rng.random() < 0.1:
+            raise KeyboardInterrupt
+        return append(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LogitStoreWriter, "append_run", stopped_now_and_then)
+        for _ in range(4):
+            with contextlib.suppress(KeyboardInterrupt):
+                convert()
+    store = convert()
+    store.check_corpus(corpus, full=True)
+    assert store.num_entries == sum(len(ids) for ids, _ in expected.values())
+    for document, length in enumerate(lengths.tolist()):
+        found = store.read(document)
+        assert len(found) == length
+        for offset, count in enumerate(found.counts):
+            ids, logprobs = expected.get((document, offset), ([], []))
+            assert found.ids[offset, :count].tolist() == ids
+            assert found.logprobs[offset, :count].tolist() == logprobs
+
+
+def test_rows_of_other_documents_than_a_file_says(tmp_path, store):
+    (path,) = to_parquet(store, tmp_path / "p")
+    table = pq.read_table(path)
+    documents = table["document"].to_numpy().copy()
+    documents[-1] = 25
+    pq.write_table(table.set_column(0, "document", pa.array(documents)), path)
+    with pytest.raises(StoreError, match="has rows of document 25, but says that it holds 0 to 24"):
+        from_parquet([path], tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -161,6 +227,8 @@ def test_rows_of_others(tmp_path, rng):
         ([(0, 0, [VOCAB], [-1.0])], "not in the vocabulary"),
         ([(0, 2, [1], [-1.0])], "last row has 1 entries"),
         ([(9, 0, [1], [-1.0])], "the corpus only 1"),
+        ([(0, 3, [1], [-1.0])], "document 0, offset 3, but that document has 3 tokens"),
+        ([(0, 1, [1], [-1.0]), (0, 1, [1], [-1.0])], "comes after document 0, offset 1"),
     ],
 )
 def test_bad_rows_are_refused(tmp_path, rng, rows, sentence):

@@ -63,6 +63,8 @@ def to_parquet(
     """
     pa, pq = _pyarrow()
     folder.mkdir(parents=True, exist_ok=True)
+    lengths = store.document_lengths
+    starts = np.concatenate([[0], np.cumsum(lengths)])
     statistics = [(name, pa.float32()) for name in store.statistics]
     schema = pa.schema(
         [
@@ -84,7 +86,7 @@ def to_parquet(
                     f"{path} is in the way: it was not made from {store.path}, or by another "
                     "release of megatron_pd. Delete it, or choose another folder."
                 )
-            report(sum(store.document_length(document) for document in documents))
+            report(int(starts[documents.stop] - starts[documents.start]))
             return path
         scratch = path.with_suffix(".partial")
         metadata = {_METADATA_KEY: json.dumps(described).encode()}
@@ -92,7 +94,7 @@ def to_parquet(
             metadata[_DIGESTS_KEY] = base64.b64encode(digests.astype("<u8").tobytes())
         full_schema = schema.with_metadata(metadata)
         with pq.ParquetWriter(scratch, full_schema, compression="zstd") as writer:
-            for table in _tables(store, documents, full_schema):
+            for table in _tables(store, documents, starts, full_schema):
                 writer.write_table(table)
                 report(len(table))
         with open(scratch, "rb") as file:
@@ -100,7 +102,7 @@ def to_parquet(
         scratch.rename(path)
         return path
 
-    jobs = plan_copies(whole(store), store.document_lengths, file_rows)
+    jobs = plan_copies(whole(store), lengths, file_rows)
     return sorted(path for _, path in run_jobs(write, jobs, workers, progress))
 
 
@@ -186,8 +188,8 @@ def from_parquet(
             flush_rows=_FLUSH_ROWS,
         ) as writer:
             filler = _Filler(writer, documents, lengths, source)
-            for document, offset, rows in source.runs():
-                filler.add(document, offset, rows)
+            for documents_of_rows, offsets, rows in source.rows():
+                filler.add(documents_of_rows, offsets, rows)
                 report(len(rows))
             filler.finish()
 
@@ -221,9 +223,8 @@ def _description(store: LogitStore, documents: range) -> dict[str, Any]:
     }
 
 
-def _tables(store: LogitStore, documents: range, schema: Any) -> Iterator[Any]:
-    """The documents' rows in tables of about `_GROUP_ROWS`."""
-    starts = np.concatenate([[0], np.cumsum(store.document_lengths)])
+def _tables(store: LogitStore, documents: range, starts: np.ndarray, schema: Any) -> Iterator[Any]:
+    """The documents' rows in tables of about `_GROUP_ROWS`; `starts`: rows before each document."""
     parts: list[tuple[int, TeacherRows]] = []
     held = 0
     for document, offset, rows in scan_documents(store, np.arange(documents.start, documents.stop)):
@@ -322,21 +323,24 @@ class _ParquetFile:
         """Rows of each of its documents."""
         lengths = np.zeros(len(self.documents), np.int64)
         for batch in self._batches(["document"]):
-            documents = batch.column("document").to_numpy() - self.documents.start
-            lengths += np.bincount(documents, minlength=len(lengths))
+            documents, rows = np.unique(batch.column("document").to_numpy(), return_counts=True)
+            index = documents - self.documents.start
+            if len(other := documents[(index < 0) | (index >= len(lengths))]):
+                raise StoreError(
+                    f"{self.path}: has rows of document {other[0]}, but says that it holds "
+                    f"{self.documents.start} to {self.documents.stop - 1}. Export it again: "
+                    "convert to-parquet."
+                )
+            lengths[index] += rows
         return lengths
 
-    def runs(self) -> Iterator[tuple[int, int, TeacherRows]]:
-        """(document, offset, rows) of consecutive rows of one document, in the file's order."""
+    def rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, TeacherRows]]:
+        """The document and the offset (int64 [n] each) of n rows, and the rows, in the file's
+        order."""
         for batch in self._batches(["document", "offset", "ids", "logprobs", *self.statistics]):
-            documents = batch.column("document").to_numpy()
-            offsets = batch.column("offset").to_numpy()
-            rows = self._rows(batch)
-            breaks = np.flatnonzero((np.diff(documents) != 0) | (np.diff(offsets) != 1)) + 1
-            edges = [0, *breaks.tolist(), len(documents)]
-            for start, stop in itertools.pairwise(edges):
-                if stop > start:
-                    yield int(documents[start]), int(offsets[start]), rows[start:stop]
+            if len(batch):
+                documents, offsets = (batch.column(x).to_numpy() for x in ("document", "offset"))
+                yield documents, offsets, self._rows(batch)
 
     def _batches(self, columns: list[str]) -> Iterator[Any]:
         pa, _ = _pyarrow()
@@ -461,40 +465,65 @@ def _shards(sources: list[_ParquetFile], documents: int, complete: bool) -> list
 
 
 class _Filler:
-    """Appends a file's rows, and empty ones where it has none."""
+    """Appends a file's rows, and empty ones where it has none. What an earlier call wrote is passed
+    over."""
 
     def __init__(
         self, writer: LogitStoreWriter, documents: range, lengths: np.ndarray, source: _ParquetFile
     ) -> None:
-        self._writer, self._documents, self._lengths = writer, documents, lengths
-        self._source = source
-        self._document, self._offset = documents.start, 0  # what comes next in the file
+        self._writer, self._documents, self._source = writer, documents, source
+        self._lengths = lengths[documents.start : documents.stop]
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
+        self._last = (documents.start, -1)  # of the file's rows so far: document, offset
+        self._next = 0  # row of the shard
 
-    def add(self, document: int, offset: int, rows: TeacherRows) -> None:
-        if (document, offset) < (self._document, self._offset) or document not in self._documents:
+    def add(self, documents: np.ndarray, offsets: np.ndarray, rows: TeacherRows) -> None:
+        """Rows by document and offset, int64 [rows] each, at least one."""
+        self._check_order(documents, offsets)
+        index = documents - self._documents.start
+        beyond = np.flatnonzero((offsets < 0) | (offsets >= self._lengths[index]))
+        if len(beyond):
+            document, offset = documents[beyond[0]], offsets[beyond[0]]
             raise StoreError(
-                f"{self._source.path}: document {document}, offset {offset} comes after document "
-                f"{self._document}, offset {self._offset - 1}. Sort the rows by document and "
-                "offset, and number documents as the corpus does."
+                f"{self._source.path}: a row of document {document}, offset {offset}, but that "
+                f"document has {self._lengths[index[beyond[0]]]} tokens. Is this another corpus?"
             )
-        self._skip_to(document)
-        self._append(offset, None)
-        self._append(offset + len(rows), rows)
+        self._last = (int(documents[-1]), int(offsets[-1]))
+        numbers = self._starts[index] + offsets
+        self._fill_up(int(numbers[-1]) + 1, numbers, rows)
 
     def finish(self) -> None:
         """Fills up to the shard's end."""
-        self._skip_to(self._documents.stop)
+        self._fill_up(int(self._starts[-1]), np.zeros(0, np.int64), TeacherRows.empty(0))
 
-    def _skip_to(self, document: int) -> None:
-        while self._document < document:
-            self._append(int(self._lengths[self._document]), None)
-            self._document, self._offset = self._document + 1, 0
+    def _check_order(self, documents: np.ndarray, offsets: np.ndarray) -> None:
+        before, offsets_before = (
+            np.append(last, values[:-1])
+            for last, values in zip(self._last, (documents, offsets), strict=True)
+        )
+        unordered = (documents < before) | ((documents == before) & (offsets <= offsets_before))
+        outside = (documents < self._documents.start) | (documents >= self._documents.stop)
+        if len(wrong := np.flatnonzero(unordered | outside)):
+            row = wrong[0]
+            raise StoreError(
+                f"{self._source.path}: document {documents[row]}, offset {offsets[row]} comes "
+                f"after document {before[row]}, offset {offsets_before[row]}. Sort the rows by "
+                "document and offset, and number documents as the corpus does."
+            )
 
-    def _append(self, end: int, rows: TeacherRows | None) -> None:
-        """Rows up to `end`, from where the document stands; those that are written already, from
-        an earlier call, are passed over."""
-        begin = max(self._offset, self._writer.written(self._document))
-        if begin < end:
-            part = TeacherRows.empty(end - begin) if rows is None else rows[begin - self._offset :]
-            self._writer.append(self._document, begin, part)
-        self._offset = max(self._offset, end)
+    def _fill_up(self, stop: int, numbers: np.ndarray, rows: TeacherRows) -> None:
+        """The shard's rows up to `stop`, among them those with these numbers."""
+        for begin in range(self._next, stop, _BATCH_ROWS):
+            end = min(begin + _BATCH_ROWS, stop)
+            which = slice(*np.searchsorted(numbers, [begin, end]))
+            part = rows[which]
+            if len(part) < end - begin:
+                part = TeacherRows.empty(end - begin, rows.ids.shape[1], rows.statistics)
+                part.put(numbers[which] - begin, rows[which])
+            document, offset = self._position(begin)
+            self._writer.append_run(document, offset, part)
+        self._next = stop
+
+    def _position(self, row: int) -> tuple[int, int]:
+        index = int(np.searchsorted(self._starts, row, "right")) - 1
+        return self._documents[index], row - int(self._starts[index])
