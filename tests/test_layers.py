@@ -16,6 +16,7 @@ LAYERS = (
     "evaluate",
     "train",
     "teacher",
+    "hf",
     "megatron",
     "data",
     "store",
@@ -26,9 +27,9 @@ LAYERS = (
     "workers",
     "errors",
 )
-KNOW_MEGATRON = {"megatron", "data", "teacher", "train"}
+KNOW_MEGATRON = {"megatron", "data", "teacher", "hf", "train"}
 KNOW_TORCH = KNOW_MEGATRON | {"evaluate", "distill", "ops"}
-KNOW_ARGPARSE = {"cli", "evaluate", "teacher", "megatron", "train", "options"}
+KNOW_ARGPARSE = {"cli", "evaluate", "teacher", "hf", "megatron", "train", "options"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

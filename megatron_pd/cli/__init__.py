@@ -25,6 +25,8 @@ _COMMANDS = (
     "split",
     "recode",
     "convert",
+    "import-hf",
+    "export-hf",
 )
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 

@@ -33,7 +33,7 @@ from megatron_pd.megatron.launch import (
     parsed_args,
     validated_args,
 )
-from megatron_pd.megatron.patches import skip_helpers_compilation
+from megatron_pd.megatron.patches import skip_helpers_compilation, take_model_from_checkpoint
 
 __all__ = ["ForwardOnlyModel", "load_model"]
 
@@ -137,6 +137,7 @@ def load_model(
         )
         return add_arguments(parser)
 
+    take_model_from_checkpoint()
     parsed = parsed_args(extra_arguments)
     _refuse_early(parsed)
     check(parsed)

@@ -1,5 +1,6 @@
 """How a run starts: by torchrun or from a prompt, and with flags that Megatron takes."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -9,11 +10,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.arguments import (
+    add_megatron_arguments,
+    parse_and_validate_args,
+    parse_args,
+)
 
 from megatron_pd.errors import UserError
 
-__all__ = ["be_one_process_without_torchrun", "config_of_args", "parsed_args", "validated_args"]
+__all__ = [
+    "be_one_process_without_torchrun",
+    "config_of_args",
+    "default_args",
+    "parsed_args",
+    "validated_args",
+]
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TASKS = {
@@ -54,6 +65,11 @@ def be_one_process_without_torchrun() -> None:
     )
 
 
+def default_args() -> argparse.Namespace:
+    """What Megatron's parser makes of no flags at all."""
+    return add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([])
+
+
 def parsed_args(extra_arguments: Callable[[Any], Any]) -> Any:
     """`sys.argv` by Megatron's parser. Raises UserError where Megatron refuses the flags."""
     if "--yaml-cfg" in (argument.partition("=")[0] for argument in sys.argv):
@@ -78,7 +94,9 @@ def validated_args(extra_arguments: Callable[[Any], Any]) -> Any:
 def config_of_args(args: Any) -> Any:
     """What `pretrain()` takes, of a GPT. Raises UserError where Megatron refuses the flags."""
     with _refusals_are_user_errors():
-        return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        model = gpt_config_from_args(args)
+        model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19.2 leaves it at 8
+        return pretrain_cfg_container_from_args(args, model)
 
 
 @contextlib.contextmanager

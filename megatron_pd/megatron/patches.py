@@ -12,7 +12,7 @@ from megatron.core import Timers
 from megatron.core.datasets import utils as datasets_utils
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.moe import token_dispatcher
-from megatron.training import training
+from megatron.training import checkpointing, training
 
 from megatron_pd.megatron import cpu
 from megatron_pd.megatron.arguments import LearningRate
@@ -23,6 +23,7 @@ __all__ = [
     "print_timer",
     "resume_distributed_optimizer",
     "skip_helpers_compilation",
+    "take_model_from_checkpoint",
 ]
 
 
@@ -37,6 +38,48 @@ def skip_helpers_compilation() -> None:
     except ImportError:
         return
     datasets_utils.compile_helpers = lambda: None
+
+
+_MODEL_ARGUMENTS = (
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
+    "glu_linear_offset",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "no_rope_freq",
+    "qk_l2_norm",
+    "qk_layernorm",
+    "quick_geglu",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "softmax_type",
+    "use_rope_scaling",
+    "window_attn_skip_freq",
+    "window_size",
+)
+
+
+def take_model_from_checkpoint() -> None:
+    """Let `--use-checkpoint-args` take all that a GPT's forward pass depends on.
+
+    Megatron 0.19.2 takes sizes and leaves these at the flags' values, by default another model: the
+    weights load, and the logits are wrong.
+    """
+    original = checkpointing.load_args_from_checkpoint
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_args_from_checkpoint(args: Any, *arguments: Any, **options: Any) -> Any:
+        found = original(args, *arguments, **options)
+        if isinstance(found, tuple):
+            for name in _MODEL_ARGUMENTS:
+                if (saved := getattr(found[1], name, None)) is not None:
+                    setattr(args, name, saved)
+        return found
+
+    checkpointing.load_args_from_checkpoint = load_args_from_checkpoint
 
 
 def print_timer(timers: Timers, name: str) -> None:

@@ -36,6 +36,7 @@ from megatron_pd.megatron.patches import (
     print_timer,
     resume_distributed_optimizer,
     skip_helpers_compilation,
+    take_model_from_checkpoint,
 )
 from megatron_pd.megatron.unsupported import (
     check_checkpoint,
@@ -59,6 +60,7 @@ def main() -> int:
     Without torchrun, this is a run of one process.
     """
     be_one_process_without_torchrun()
+    take_model_from_checkpoint()
     _refuse_early(parsed_args(_extra_arguments))
     args = validated_args(_extra_arguments)
     distillation = _build_distillation(args)

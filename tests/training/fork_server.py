@@ -33,6 +33,7 @@ MODULES = (
     "megatron_pd.cli",
     "megatron_pd.teacher.megatron",
     "logits_job",
+    "model_logits_job",
     "prefetch_job",
     "second_node_job",
     "stock_job",
