@@ -1,18 +1,21 @@
 """Megatron's tokenizers outside a training run, and what tells them apart."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training.config import TokenizerConfig
+from typing import TYPE_CHECKING, Any
 
 from megatron_pd.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.training.config import TokenizerConfig
+
 __all__ = [
     "batch_encoder",
+    "fingerprint_of",
     "largest_id",
     "open_tokenizer",
     "tokenizer_config",
@@ -25,6 +28,8 @@ _PROBES = ["", "a", " a  b\n\tc\r\n", "ÄÖ é 日本語 🙂", "</s><s><|endoft
 
 def tokenizer_config(tokenizer_type: str, tokenizer_model: str) -> TokenizerConfig:
     """Megatron's description of a tokenizer, by its --tokenizer-type and --tokenizer-model."""
+    from megatron.training.config import TokenizerConfig
+
     return TokenizerConfig(
         tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, pad_vocab_size=False
     )
@@ -36,6 +41,8 @@ def open_tokenizer(config: TokenizerConfig) -> Any:
     Raises:
         UserError: it can't be opened, or has no end-of-document token.
     """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
     model = config.tokenizer_model
     is_file = config.tokenizer_type != "HuggingFaceTokenizer"  # which may be a hub's name
     if is_file and model is not None and not os.path.exists(model):
@@ -100,9 +107,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     Covers the vocabulary size, the end-of-document id, and the bytes of the model file (or, for a
     folder, of its `tokenizer.json`). A tokenizer without files is known by its first two alone.
     """
-    digest = hashlib.sha256(f"{tokenizer.vocab_size} {tokenizer.eod}".encode())
-    path = Path(getattr(tokenizer, "path", None) or "")
-    for file in (path, path / "tokenizer.json"):
+    path = getattr(tokenizer, "path", None)
+    return fingerprint_of(tokenizer.vocab_size, tokenizer.eod, Path(path) if path else None)
+
+
+def fingerprint_of(vocab_size: int, eod: int | None, path: Path | None) -> str:
+    """`tokenizer_fingerprint` of what Megatron would open from a file or folder."""
+    digest = hashlib.sha256(f"{vocab_size} {eod}".encode())
+    for file in () if path is None else (path, path / "tokenizer.json"):
         if file.is_file():
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -28,23 +28,18 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_pd.errors import UserError
 
-__all__ = ["check_cpu_args", "install", "is_cpu", "set_cpu_defaults"]
+__all__ = ["check_cpu_args", "chosen_device", "install", "is_cpu", "set_cpu_defaults"]
 
 _CPU = torch.device("cpu")
 _mode: TorchFunctionMode | None = None
 
 
-def install() -> Literal["cpu", "cuda"]:
-    """Choose the device from `MEGATRON_PD_DEVICE` (cpu | cuda | auto) and prepare for it.
+def chosen_device() -> Literal["cpu", "cuda"]:
+    """The device by `MEGATRON_PD_DEVICE` (cpu | cuda | auto); nothing is prepared for it.
 
-    Call before Megatron is imported. Calling again is harmless.
-
-    Returns:
-        "cuda" (nothing was replaced) or "cpu".
     Raises:
         UserError: an unknown device, or `cuda` where no GPU is visible.
     """
-    global _mode
     if _mode is not None:
         return "cpu"
     device = os.environ.get("MEGATRON_PD_DEVICE", "auto")
@@ -56,8 +51,24 @@ def install() -> Literal["cpu", "cuda"]:
             "MEGATRON_PD_DEVICE=cuda, but torch sees no GPU: check the driver (nvidia-smi) and "
             "CUDA_VISIBLE_DEVICES, or use MEGATRON_PD_DEVICE=cpu."
         )
-    if device == "cuda" or (device == "auto" and has_gpu):
+    return "cuda" if device == "cuda" or (device == "auto" and has_gpu) else "cpu"
+
+
+def install() -> Literal["cpu", "cuda"]:
+    """Prepare for the device that `chosen_device` names.
+
+    Call before Megatron is imported. Calling again is harmless.
+
+    Returns:
+        "cuda" (nothing was replaced) or "cpu".
+    Raises:
+        UserError: as `chosen_device`.
+    """
+    global _mode
+    if chosen_device() == "cuda":
         return "cuda"
+    if _mode is not None:
+        return "cpu"
 
     # Megatron compiles small functions with torch.compile, for which a CPU-only machine may have
     # no compiler and which would cost more than it saves at the sizes that a CPU can train.

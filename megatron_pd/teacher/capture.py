@@ -10,8 +10,10 @@ A row of random draws inverts the cumulative distribution instead: each rank has
 [0, 1) that its share of the vocabulary takes, and finds the draws that fall into it.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +24,9 @@ from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
 from megatron_pd.errors import UserError
 from megatron_pd.ops import sparse_log_softmax
 from megatron_pd.store import TeacherRows
+from megatron_pd.teacher.dump_config import DumpConfig
 
-__all__ = ["CapturedRows", "capture_rows", "rows_of_windows", "uniforms_of"]
+__all__ = ["CapturedRows", "capture_for", "capture_rows", "rows_of_windows", "uniforms_of"]
 
 # Logits are turned to float32 for so many tokens at a time: at most 150 MB at V = 150k, and twice
 # that for the cumulative distribution that draws need.
@@ -34,6 +37,30 @@ class CapturedRows(NamedTuple):
     targets: TeacherTargets
     label_logprob: Tensor  # float32 [...], of the true next token
     lse: Tensor  # float32 [...], log-sum-exp of the logits; not finite where they are no numbers
+
+
+def capture_for(
+    batch: Batch,
+    config: DumpConfig,
+    *,
+    vocab_size: int,
+    device: torch.device | int,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+) -> Callable[[Tensor, Tensor], CapturedRows]:
+    """From this batch's (logits [B, L, V], labels [B, L]), on `device`, to the rows that a dump
+    keeps of it: `capture_rows` with the rest of its arguments."""
+    selection: dict[str, Any]
+    if config.sampled is None:
+        selection = {"top_p": config.top_p, "top_k": config.top_k}
+    else:
+        selection = {"uniforms": uniforms_of(batch, config.seed, config.sampled).to(device)}
+    return functools.partial(
+        capture_rows,
+        **selection,
+        vocab_size=vocab_size,
+        tp_group=tp_group,
+        statistics=config.statistics,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ megatron-pd dump --load CHECKPOINT --data-path PREFIX [--dump-* flags, Megatron 
 """
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Mapping
@@ -21,14 +20,14 @@ from megatron_pd.megatron.inference import ForwardOnlyModel, load_model
 from megatron.core import mpu
 from megatron.training.checkpointing import get_checkpoint_name
 
-from megatron_pd.data.corpus import MegatronCorpus, store_path_of, training_prefixes
+from megatron_pd.data.corpus import training_prefixes
 from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.data.windows import Batch
-from megatron_pd.errors import UserError, if_stopped
-from megatron_pd.options import add_options, given_options
+from megatron_pd.errors import UserError
+from megatron_pd.options import given_options
 from megatron_pd.store import TeacherRows
-from megatron_pd.teacher.capture import capture_rows, rows_of_windows, uniforms_of
-from megatron_pd.teacher.dump import dump
+from megatron_pd.teacher.capture import capture_for, rows_of_windows
+from megatron_pd.teacher.command import add_dump_arguments, checked_corpora, dump_corpora
 from megatron_pd.teacher.dump_config import DumpConfig
 from megatron_pd.teacher.fingerprint import content_fingerprint
 
@@ -40,35 +39,23 @@ def main() -> int:
     model = load_model(_add_dump_arguments, check=_check)
     teacher = MegatronTeacher(model)
     config = _config_of(model.args, model.args.seq_length)
-    for prefix in training_prefixes(model.args):
-        path = model.args.dump_store or store_path_of(prefix)
-        with if_stopped("the same command goes on after the rows that were written"):
-            dump(teacher, MegatronCorpus(prefix), path, config)
+    dump_corpora(teacher, training_prefixes(model.args), model.args.dump_store, config)
     return 0  # without a word to the other replicas, which may go on for hours
 
 
 def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    group = parser.add_argument_group(title="teacher dump")
-    group.add_argument(
-        "--dump-store",
-        default=None,
-        help="Store to write, where --data-path is one corpus. Default: <prefix>.pd beside it.",
+    add_dump_arguments(parser).add_argument(
+        "--hf-model",
+        help="A Hugging Face model as the teacher, in place of --load; it has flags of its own: "
+        "megatron-pd dump --hf-model FOLDER --help.",
     )
-    add_options(group, DumpConfig, "dump")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be known to be wrong before the model is loaded."""
     _config_of(args, sequence_length=args.seq_length or sys.maxsize)  # the checkpoint may tell it
-    prefixes = training_prefixes(args)
-    if args.dump_store is not None and len(prefixes) > 1:
-        raise UserError(
-            f"--dump-store names one store, --data-path {len(prefixes)} corpora: leave it out, and "
-            "each gets <prefix>.pd, or dump them one by one."
-        )
-    for prefix in prefixes:
-        MegatronCorpus(prefix)
+    checked_corpora(training_prefixes(args), args.dump_store)
 
 
 def _config_of(args: argparse.Namespace, sequence_length: int) -> DumpConfig:
@@ -100,18 +87,12 @@ class MegatronTeacher:
 
     def run(self, batch: Batch, config: DumpConfig) -> TeacherRows | None:
         """See `Teacher.run`."""
-        selection: dict[str, Any]
-        if config.sampled is None:
-            selection = {"top_p": config.top_p, "top_k": config.top_k}
-        else:
-            uniforms = uniforms_of(batch, config.seed, config.sampled)
-            selection = {"uniforms": uniforms.to(torch.cuda.current_device())}
-        capture = functools.partial(
-            capture_rows,
-            **selection,
+        capture = capture_for(
+            batch,
+            config,
             vocab_size=self.vocab_size,
+            device=torch.cuda.current_device(),
             tp_group=self._model.tp_group,
-            statistics=config.statistics,
         )
         captured = self._model.run(batch, capture)
         if not self.writes:
