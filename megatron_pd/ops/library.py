@@ -35,11 +35,12 @@ def _load(library: Path) -> None:
 
 
 def _load_libraries() -> None:
-    if not (_CPU_LIBRARY.exists() and _TORCH_VERSION.exists()):
-        raise ImportError(
-            f"The compiled operators of megatron_pd aren't built: {_CPU_LIBRARY} is missing. "
-            f"Build them: {_HOW_TO_BUILD}."
-        )
+    for file in (_CPU_LIBRARY, _TORCH_VERSION):
+        if not file.exists():
+            raise ImportError(
+                f"The compiled operators of megatron_pd aren't built: {file} is missing. Build "
+                f"them: {_HOW_TO_BUILD}."
+            )
     built_with = _TORCH_VERSION.read_text()
     if _release(built_with) != _release(torch.__version__):
         raise ImportError(

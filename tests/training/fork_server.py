@@ -37,6 +37,7 @@ MODULES = (
     "prefetch_job",
     "second_node_job",
     "stock_job",
+    "uneven_replicas_job",
     "unsampled_job",
     "validate_job",
 )

@@ -1,10 +1,12 @@
 """The teacher's rows do not depend on how the teacher was split, and a killed dump goes on."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from jobs import VOCAB_SIZE, World
+from uneven_replicas_job import SHARDS
 
 from megatron_pd.store import LogitStore, StoreError
 
@@ -68,6 +70,19 @@ def test_killed_dump_goes_on_where_it_was(world: World, teacher: Path) -> None:
     world.runner.check("megatron_pd.teacher.megatron", flags)
     for found, expected in zip(rows_of(path), rows_of(Path(f"{world.corpus}.pd")), strict=True):
         assert_same_entries(found, expected, logprob_tolerance=0.2)  # the compact codec's
+
+
+def test_a_fast_replica_takes_the_shards_that_a_slow_one_leaves(
+    world: World, teacher: Path
+) -> None:
+    path = world.folder / "uneven.pd"
+    flags = world.dump_flags(teacher, "--dump-store", path, "--dump-codec", "exact")
+    log = world.runner.check("uneven_replicas_job", flags, ranks=2)
+    fast, slow = (int(n) for n in re.findall(r"replica of rank \d: (\d+) batches", log))
+    assert fast + slow >= SHARDS and fast > 2 * slow > 0
+    assert len(list(path.glob("*.shard"))) == SHARDS
+    for found, expected in zip(rows_of(path), rows_of(Path(f"{world.corpus}.pd")), strict=True):
+        assert_same_entries(found, expected)
 
 
 def test_help_names_the_flags(bare_world: World) -> None:
