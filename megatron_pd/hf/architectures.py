@@ -214,6 +214,11 @@ def _all_full(layer_types: Any, config: Config) -> bool:
     return layer_types is None or all(layer == "full_attention" for layer in layer_types)
 
 
+def _plain(quantization: Any, config: Config) -> bool:
+    """transformers leaves the field behind when it has made plain weights of a GGUF file."""
+    return quantization is None or quantization.get("quant_method") == "gguf"
+
+
 def _longer_than_context(window: Any, config: Config) -> bool:
     return window is None or window >= config["max_position_embeddings"]
 
@@ -225,7 +230,11 @@ def _unless_used(window: Any, config: Config) -> bool:
 _NO_WINDOW = "Megatron's attention without Transformer Engine has no sliding window"
 _COMMON_REFUSALS = (
     Refusal("hidden_act", _in("silu"), "the tables here have SwiGLU alone", absent="silu"),
-    Refusal("quantization_config", _in(None), "quantized weights would have to be dequantized"),
+    Refusal(
+        "quantization_config",
+        _plain,
+        "dequantize the weights by transformers first, and save them by save_pretrained",
+    ),
     Refusal("layer_types", _all_full, _NO_WINDOW),
     Refusal("auto_map", _in(None), "code that comes with a model is never run"),
 )
@@ -349,6 +358,7 @@ HARMLESS = frozenset(
     output_hidden_states pad_token_id pretraining_tp problem_type return_dict rope_parameters
     rope_scaling rope_theta partial_rotary_factor task_specific_params tokenizer_class torch_dtype
     transformers.js_config transformers_version use_cache use_sliding_window id2label label2id
+    max_sequence_length unk_token_id
     finetuning_task prefix sep_token_id decoder_start_token_id
     do_sample early_stopping length_penalty max_length min_length no_repeat_ngram_size num_beams
     num_return_sequences repetition_penalty temperature top_k top_p typical_p

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_pd.errors import UserError, reporting_errors
+from megatron_pd.hf.weights import read_json
 from megatron_pd.megatron import cpu
 
 with reporting_errors():
@@ -189,6 +190,9 @@ def iteration_folder(load: Path) -> Path:
                 f"{folder} has no {file}: it is no whole checkpoint of Megatron's format "
                 "torch_dist, its default (--ckpt-format)."
             )
+    backend = read_json(folder / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise UserError(f"{folder / 'metadata.json'}: the format is {backend!r}, not torch_dist.")
     return folder
 
 

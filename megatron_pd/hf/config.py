@@ -3,7 +3,6 @@
 A `ModelConfig` stands between: the values of one model, checked, whichever side they come from.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -29,6 +28,7 @@ _SEQUENCE_LENGTH = 4096
 _ROPE_FIELDS = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 1 << 31
+_LARGEST_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class ModelConfig:
         for refusal in architecture.refusals if fresh else ():
             if refusal.absent is not None:
                 raw[refusal.field] = refusal.absent
+        raw.pop("quantization_config", None)  # of a file that the weights came from
         if raw.get("layer_types") is not None:
             raw["layer_types"] = ["full_attention"] * self.layers
         if fresh or _rope(source, architecture) != self.rope:
@@ -179,7 +180,7 @@ def read_config(raw: Mapping[str, Any], name: str) -> ModelConfig:
         value = raw.get(refusal.field, refusal.absent)
         try:
             allowed = refusal.allowed(value, raw)
-        except TypeError:  # a value of another kind than transformers writes
+        except (TypeError, AttributeError):  # a value of another kind than transformers writes
             allowed = False
         if not allowed:
             given = "" if refusal.field in raw else " (transformers' default)"
@@ -380,7 +381,7 @@ def _absent(row: Field, values: Mapping[str, Any]) -> Any:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER
 
 
 def _shown(value: Any) -> str:

@@ -86,7 +86,8 @@ def test_round_trip_of_transformers_4(tmp_path: Path) -> None:
         "_name_or_path": "somewhere/else",
         "pretraining_tp": 1,
     }
-    (model / "config.json").write_text(json.dumps(config))
+    left_behind = {"quantization_config": {"quant_method": "gguf"}}
+    (model / "config.json").write_text(json.dumps(config | left_behind))
     back = there_and_back(model, tmp_path)
     assert json.loads((back / "config.json").read_text()) == config
     assert_same_tensors(model, back)

@@ -38,6 +38,7 @@ REFUSED = [
     ("llama", "mlp_bias", True),
     ("llama", "rope_interleaved", True),
     ("llama", "quantization_config", {"quant_method": "gptq"}),
+    ("llama", "quantization_config", "gguf"),
     ("llama", "auto_map", {"AutoModelForCausalLM": "modeling.My"}),
     ("llama", "layer_types", ["full_attention", "sliding_attention"]),
     ("llama", "layer_types", 3),
@@ -53,6 +54,7 @@ REFUSED = [
     ("llama", "max_position_embeddings", [4096]),
     ("llama", "rms_norm_eps", float("nan")),
     ("llama", "rms_norm_eps", "1e-5"),
+    ("llama", "rms_norm_eps", 10**400),
     ("llama", "tie_word_embeddings", "yes"),
     ("mistral", "sliding_window", 32),
     ("mistral", "sliding_window", "x"),
@@ -339,6 +341,10 @@ CHECKPOINT_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half the metadata": (cut(".metadata", 999), "not sound"),
     "no metadata": (lambda c: (c / "release" / ".metadata").unlink(), "no .metadata"),
     "another format": (lambda c: (c / "release" / "metadata.json").unlink(), "no metadata.json"),
+    "a format of the past": (
+        lambda c: (c / "release" / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        "the format is 'zarr', not torch_dist",
+    ),
     "no tracker": (lambda c: (c / "latest_checkpointed_iteration.txt").unlink(), "has no latest"),
     "a tracker elsewhere": (
         lambda c: (c / "latest_checkpointed_iteration.txt").write_text("../7"),
