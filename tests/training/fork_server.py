@@ -32,6 +32,7 @@ MODULES = (
     "megatron_pd.evaluate.loss",
     "megatron_pd.cli",
     "megatron_pd.teacher.megatron",
+    "few_descriptors_job",
     "logits_job",
     "model_logits_job",
     "prefetch_job",

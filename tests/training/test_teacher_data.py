@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from jobs import World
+from few_descriptors_job import DESCRIPTORS
+from jobs import World, write_corpus
 from test_bad_input import assert_refused
 
 from megatron_pd.data.corpus import MegatronCorpus
@@ -83,3 +84,34 @@ def test_a_statistic_that_is_missing_anywhere_is_refused(world: World) -> None:
     flags = ("--pd-store", path, "--pd-adaptive-temperature", "adakd-h")
     outcome = world.runner.run("megatron_pd.pretrain", world.training_flags(*flags))
     assert_refused(outcome, str(path), "'entropy'", "--dump-statistics")
+
+
+def test_more_shards_than_files_that_may_be_open(world: World) -> None:
+    """A shard a document, all of them read by one epoch of training."""
+    rng = np.random.default_rng()
+    documents = [rng.integers(0, 300, 33, np.uint16) for _ in range(401)]
+    prefix = world.folder / "shards"
+    write_corpus(prefix, documents)
+    corpus = MegatronCorpus(str(prefix))
+    source = LogitStore(f"{world.corpus}.pd")
+    for document in range(len(documents)):
+        rows = TeacherRows.empty(33, 1)
+        rows.counts[:-1] = 1
+        rows.ids[:-1, 0] = documents[document][1:]
+        with LogitStoreWriter(
+            f"{prefix}.pd",
+            vocab_size=source.vocab_size,
+            document_lengths=corpus.document_lengths,
+            metadata={"tokenizer": source.metadata["tokenizer"]},
+            codec="exact",
+            corpus=corpus,
+            documents=range(document, document + 1),
+        ) as writer:
+            writer.append(document, 0, rows)
+    assert len(list((world.folder / "shards.pd").glob("*.shard"))) == 401 > 4 * DESCRIPTORS
+    flags = ["--train-iters", 25, "--pd", "--pd-alpha", 1]  # 25 * 8 samples of 64 tokens
+    training = world.training_flags(*flags, corpus=prefix)
+    log = world.runner.check(
+        "few_descriptors_job", ["verify", f"{prefix}.pd", "--corpus", prefix, "--", *training]
+    )
+    assert "intact" in log and "iteration       25/" in log
