@@ -24,6 +24,7 @@ def trained(bare_world: World) -> Path:
     bare_world.train(
         *("--train-iters", 2, "--lr-wsd-decay-iters", 1, "--lr-warmup-iters", 1),
         *("--save", path, "--save-interval", 2, "--init-method-std", 0.1, *MODEL, *flags),
+        *("--bf16", "--use-distributed-optimizer"),
         ranks=ranks,
     )
     return path
