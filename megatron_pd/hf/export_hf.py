@@ -67,9 +67,9 @@ def export_hf(load: Path, output: Path, tokenizer: Path | None = None) -> Export
             disable=None,
         ) as bar,
     ):
-        companions.write(unfinished)
         config_json = config.json(str(dtype).removeprefix("torch."), companions.config)
         (unfinished / CONFIG).write_text(json.dumps(config_json, indent=2) + "\n")
+        companions.write(unfinished)
         write_weights(
             unfinished,
             planned,

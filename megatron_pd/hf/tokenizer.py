@@ -3,10 +3,12 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from megatron_pd.errors import UserError
 from megatron_pd.hf.checkpoint import TOKENIZER_FOLDER
@@ -42,12 +44,11 @@ _COMPANIONS = (
     "tokenizer_config.json",
     _GENERATION_CONFIG,
 )
-# What a converted sentencepiece model is tried with: whitespace, scripts, code, special words.
+# What a tokenizer in a new place is tried with: whitespace, scripts, code, special words.
 _PROBES = (
     " a  b\n\tc\r\n",
     "ÄÖ é 日本語 🙂 ﬁ½",
     "def f(x):\n    if x:\n        return [x, -1.5e3]\n\n\n",
-    "</s><s> <unk>▁x",
     "The quick brown fox jumps over 13 lazy dogs.",
 )
 
@@ -66,13 +67,19 @@ class Companions:
     """What `write` found that the user should know, one sentence each."""
 
     def write(self, folder: Path) -> None:
-        """The tokenizer's files and generation_config.json."""
+        """The tokenizer's files and generation_config.json, into a folder with its config.json."""
         if self.folder is not None:
             copy_companions(self.folder, folder)
         if self.sentencepiece is not None:
             self._write_sentencepiece(self.sentencepiece, folder)
-        if self.sentencepiece is None and not has_tokenizer(folder):
+        elif not has_tokenizer(folder):
             self.notes.append("The checkpoint has no tokenizer, and so the folder has none.")
+        elif self.folder is not None and not _has_ids_of(folder, _encoder(self.folder)):
+            self.notes.append(
+                f"In the new folder transformers makes other ids of the tokenizer than in "
+                f"{self.folder}, as it goes by config.json's model_type: load it by "
+                "PreTrainedTokenizerFast.from_pretrained, or from there."
+            )
         ids = {
             name: self.config[name]
             for name in ("bos_token_id", "eos_token_id")
@@ -83,15 +90,17 @@ class Companions:
 
     def _write_sentencepiece(self, model: Path, folder: Path) -> None:
         shutil.copyfile(model, folder / "tokenizer.model")
-        converted = _converted(model)
-        if converted is None:
-            self.notes.append(
-                f"The tokenizer {model} went along as tokenizer.model alone: the package "
-                "transformers is missing, or makes other ids of it."
-            )
-            return
-        for name, content in converted.items():
-            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        for content in _converted(model):
+            for name, value in content.items():
+                (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+            if _has_ids_of(folder, SentencePieceProcessor(model_file=str(model)).encode):
+                return
+            for name in content:
+                (folder / name).unlink()
+        self.notes.append(
+            f"The tokenizer {model} went along as tokenizer.model alone: transformers is missing, "
+            "or makes other ids of it."
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -174,19 +183,33 @@ def _without_tokenizer(args: Any, load: Path, kind: str | None) -> Companions:
     return Companions(vocab_size, kept if is_usable(kept) else {}, folder=folder)
 
 
-# -------------------------------------------------------------------------------- sentencepiece
+# ------------------------------------------------------------------------------- transformers
+
+Encoder = Callable[[str], list[int]]
 
 
-def _converted(model: Path) -> dict[str, Any] | None:
-    """File name → content of a tokenizer that transformers loads, whose ids are sentencepiece's;
-    None where there is none."""
-    import sentencepiece
+def _encoder(folder: Path) -> Encoder:
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _has_ids_of(folder: Path, encode: Encoder) -> bool:
     try:
-        from transformers import AutoTokenizer
+        own = _encoder(folder)
+    except Exception:  # of whatever kind transformers' classes raise that don't fit the files
+        return False
+    return all(own(text) == encode(text) for text in _PROBES)
+
+
+def _converted(model: Path) -> Iterator[dict[str, Any]]:
+    """What may give a sentencepiece model's ids in transformers: file name → JSON."""
+    try:
+        from transformers import LlamaTokenizer
     except ImportError:
-        return None
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        return
+    pieces = SentencePieceProcessor(model_file=str(model))
     special = {
         name: pieces.id_to_piece(number)
         for name, number in {
@@ -197,40 +220,42 @@ def _converted(model: Path) -> dict[str, Any] | None:
         }.items()
         if number >= 0
     }
-    for add_prefix_space in (False, True):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            shutil.copyfile(model, folder / "tokenizer.model")
-            options = {"add_bos_token": False, "add_eos_token": False, "legacy": False, **special}
-            (folder / "tokenizer_config.json").write_text(
-                json.dumps(
-                    {
-                        "tokenizer_class": "LlamaTokenizer",
-                        "add_prefix_space": add_prefix_space,
-                        **options,
-                    }
-                )
-            )
-            content = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
-            # sentencepiece turns spaces into U+2581 first, and never finds these.
-            content["added_tokens"] = [
-                token for token in content["added_tokens"] if " " not in token["content"]
-            ]
-            files = {
-                "tokenizer.json": content,
-                "tokenizer_config.json": {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    "clean_up_tokenization_spaces": False,
-                    **special,
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(model, Path(scratch) / "tokenizer.model")
+        made = LlamaTokenizer.from_pretrained(scratch, legacy=False, **special)
+    base = json.loads(made.backend_tokenizer.to_str())
+    # Less what sentencepiece never finds, as it turns spaces into U+2581 first, or doesn't have.
+    base["added_tokens"] = [
+        token
+        for token in base["added_tokens"]
+        if " " not in token["content"] and token["id"] < pieces.get_piece_size()
+    ]
+    for prefix in ([], [{"type": "Prepend", "prepend": "▁"}]):
+        yield {
+            "tokenizer.json": {
+                **base,
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        *prefix,
+                        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                    ],
                 },
-            }
-            (folder / "tokenizer.model").unlink()
-            for name, value in files.items():
-                (folder / name).write_text(json.dumps(value))
-            made = AutoTokenizer.from_pretrained(folder)
-            if all(
-                made(text, add_special_tokens=False)["input_ids"] == pieces.encode(text)
-                for text in _PROBES
-            ):
-                return files
-    return None
+                "pre_tokenizer": None,
+                "post_processor": None,  # would add BOS
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        *({"type": "Strip", "content": " ", "start": 1, "stop": 0} for _ in prefix),
+                    ],
+                },
+            },
+            "tokenizer_config.json": {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                **special,
+            },
+        }

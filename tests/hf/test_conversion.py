@@ -11,10 +11,12 @@ import torch
 from jobs import JobRunner, environment
 from models import CONFIGS, SIZES, random_model
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -105,6 +107,60 @@ def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(back).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_ids_in_the_new_folder(name: str, tmp_path: Path) -> None:
+    """transformers cuts words by a folder's model_type; where that makes other ids, it is said."""
+    save(tmp_path / "model", name)
+    import_hf(tmp_path / "model", tmp_path / "checkpoint")
+    save_tokenizer(tmp_path / "tokenizer", 290)
+    back = tmp_path / "back"
+    made = export_hf(tmp_path / "checkpoint", back, tokenizer=tmp_path / "tokenizer")
+    assert bool(made.companions.notes) == (name == "qwen2")
+    for note in made.companions.notes:
+        assert "makes other ids" in note and str(tmp_path / "tokenizer") in note
+    loaded = PreTrainedTokenizerFast.from_pretrained(back)
+    assert loaded("w3")["input_ids"] == [3]
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == 289
+
+
+KEPT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+SENTENCEPIECES = {
+    "as Llama 2's": ({"model_type": "bpe", "byte_fallback": True, **KEPT}, True),
+    "without BOS": ({"model_type": "bpe", "byte_fallback": True, "bos_id": -1, **KEPT}, True),
+    "of another kind": ({"model_type": "unigram"}, False),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECES)
+def test_sentencepiece(kind: str, tmp_path: Path) -> None:
+    """It becomes a tokenizer.json where transformers then makes its ids, and else not."""
+    options, converts = SENTENCEPIECES[kind]
+    text = [line for line in Path(__file__).read_text().splitlines() if line and "s>" not in line]
+    model = tmp_path / "tokens.model"
+    with model.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=380,
+            minloglevel=2,
+            **options,
+        )
+    save(tmp_path / "model", "llama")
+    import_hf(tmp_path / "model", tmp_path / "checkpoint")
+    made = export_hf(tmp_path / "checkpoint", tmp_path / "back", tokenizer=model)
+    assert (tmp_path / "back" / "tokenizer.json").exists() == converts
+    assert [str(model) in note for note in made.companions.notes] == [True] * (not converts)
+    assert made.config.values["vocab_size"] == 380  # of 384 rows
+    if converts:
+        pieces, loaded = (
+            SentencePieceProcessor(model_file=str(model)),
+            AutoTokenizer.from_pretrained(tmp_path / "back"),
+        )
+        for line in ("", " ", "  x", *text):
+            assert loaded(line)["input_ids"] == pieces.encode(line), line
+            assert loaded.decode(pieces.encode(line)) == line
 
 
 def test_a_redundant_output_layer(tmp_path: Path) -> None:

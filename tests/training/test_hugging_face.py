@@ -59,6 +59,7 @@ def test_logits_of_an_exported_student(bare_world: World, trained: Path, exporte
 
 
 def test_tokenizer_of_an_exported_student(bare_world: World, exported: Path) -> None:
+    assert (exported / "tokenizer.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(bare_world.tokenizer))
     for text in ("abc def.\n  x\ty", "    ÄÖ 日本 🙂", "a     b", ""):
