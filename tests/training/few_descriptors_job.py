@@ -1,4 +1,4 @@
-"""Job of the fork server: a command, then training, that may open 100 files at once.
+"""Job of the fork server: a command, then training, that may open 160 files at once.
 
 few_descriptors_job verify STORE -- <flags of training>
 """
@@ -8,7 +8,7 @@ import sys
 
 from megatron_pd import cli, pretrain
 
-DESCRIPTORS = 100
+DESCRIPTORS = 160
 
 
 def main() -> int:

@@ -89,7 +89,7 @@ def test_a_statistic_that_is_missing_anywhere_is_refused(world: World) -> None:
 def test_more_shards_than_files_that_may_be_open(world: World) -> None:
     """A shard a document, all of them read by one epoch of training."""
     rng = np.random.default_rng()
-    documents = [rng.integers(0, 300, 33, np.uint16) for _ in range(401)]
+    documents = [rng.integers(0, 300, 33, np.uint16) for _ in range(641)]
     prefix = world.folder / "shards"
     write_corpus(prefix, documents)
     corpus = MegatronCorpus(str(prefix))
@@ -108,10 +108,10 @@ def test_more_shards_than_files_that_may_be_open(world: World) -> None:
             documents=range(document, document + 1),
         ) as writer:
             writer.append(document, 0, rows)
-    assert len(list((world.folder / "shards.pd").glob("*.shard"))) == 401 > 4 * DESCRIPTORS
-    flags = ["--train-iters", 25, "--pd", "--pd-alpha", 1]  # 25 * 8 samples of 64 tokens
+    assert len(list((world.folder / "shards.pd").glob("*.shard"))) == 641 > 4 * DESCRIPTORS
+    flags = ["--train-iters", 41, "--pd", "--pd-alpha", 1]  # 41 * 8 samples of 64 tokens
     training = world.training_flags(*flags, corpus=prefix)
     log = world.runner.check(
         "few_descriptors_job", ["verify", f"{prefix}.pd", "--corpus", prefix, "--", *training]
     )
-    assert "intact" in log and "iteration       25/" in log
+    assert "intact" in log and "iteration       41/" in log
