@@ -40,24 +40,23 @@ def skip_helpers_compilation() -> None:
     datasets_utils.compile_helpers = lambda: None
 
 
-_MODEL_ARGUMENTS = (
-    "activation_func_clamp_value",
-    "apply_residual_connection_post_layernorm",
-    "attention_output_gate",
-    "glu_linear_offset",
-    "layernorm_epsilon",
-    "layernorm_zero_centered_gamma",
-    "no_rope_freq",
-    "qk_l2_norm",
-    "qk_layernorm",
-    "quick_geglu",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-    "softmax_type",
-    "use_rope_scaling",
-    "window_attn_skip_freq",
-    "window_size",
-)
+_MODEL_ARGUMENTS = """
+    layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm
+    fp32_residual_connection
+    qk_layernorm qk_l2_norm softmax_type attention_output_gate window_size window_attn_skip_freq
+    quick_geglu glu_linear_offset activation_func_clamp_value
+    no_rope_freq use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor
+    rope_type rotary_scaling_factor mscale mscale_all_dim mrope_section
+    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+    yarn_correction_range_round_to_int
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    experimental_attention_variant linear_attention_freq linear_conv_kernel_dim
+    linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
+    moe_router_load_balancing_type moe_router_num_groups moe_router_group_topk
+    moe_shared_expert_gate moe_apply_probs_on_input
+    use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult
+    mup_base_head_dim mup_attn_scale_power
+""".split()
 
 
 def take_model_from_checkpoint() -> None:
