@@ -3,11 +3,15 @@
 The corpus is split into shards of whole documents, which depend on the corpus alone. Every replica
 of the teacher claims shards as they come, by the lock of the shard's file, and no one waits for
 another: a replica that finds no shard left is done. A shard is dumped document group by document
-group; after each group its rows are durable, and a run that was stopped goes on after the last one,
-on any number of replicas.
+group, each written while the teacher runs the next one; a written group's rows are durable, and a
+run that was stopped goes on after the last one, on any number of replicas.
 """
 
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -46,9 +50,9 @@ def dump(teacher: Teacher, corpus: MegatronCorpus, path: str, config: DumpConfig
         unit_scale=True,
         disable=not (teacher.writes and teacher.replica == 0),
     )
-    with progress:
+    with progress, _Beside() as beside:
         for documents in shards[first:] + shards[:first]:
-            _dump_shard(teacher, corpus, path, documents, config, progress)
+            _dump_shard(teacher, corpus, path, documents, config, progress, beside)
 
 
 def shards_of(document_lengths: np.ndarray) -> list[range]:
@@ -62,6 +66,45 @@ def shards_of(document_lengths: np.ndarray) -> list[range]:
     return even_ranges(document_lengths, count)
 
 
+class _Beside:
+    """A thread that does what it is given, piece by piece, while the caller goes on.
+
+    What a piece raises comes out of the next call, or of the end of the `with` block.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Wait until all before it is done, then begin function(*arguments)."""
+        self._wait()
+        self._last = self._thread.submit(function, *arguments)
+
+    def finish(self) -> None:
+        """Return when all is done, whatever came of it."""
+        if self._last is not None:
+            self._last.exception()
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
 def _dump_shard(
     teacher: Teacher,
     corpus: MegatronCorpus,
@@ -69,6 +112,7 @@ def _dump_shard(
     documents: range,
     config: DumpConfig,
     progress: tqdm,
+    beside: _Beside,
 ) -> None:
     lengths = corpus.document_lengths[documents.start : documents.stop]
     writer = _claim(teacher, corpus, path, documents, config) if teacher.writes else None
@@ -82,14 +126,20 @@ def _dump_shard(
             if (durable[group] < lengths[group]).any():
                 rows = _rows_of(teacher, corpus, documents[group], durable[group], config)
                 if writer is not None:
-                    writer.append_run(documents[group].start, 0, rows)
-                    writer.flush()
+                    beside.run(_write, writer, documents[group].start, rows)
             progress.update(int(lengths[group].sum()))
         if writer is not None:
-            writer.close()
-    finally:
+            beside.run(writer.close)
+    except BaseException:
+        beside.finish()
         if writer is not None:
             writer.abandon()
+        raise
+
+
+def _write(writer: LogitStoreWriter, document: int, rows: TeacherRows) -> None:
+    writer.append_run(document, 0, rows)
+    writer.flush()
 
 
 def _claim(

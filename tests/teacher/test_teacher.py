@@ -279,6 +279,50 @@ def test_a_teacher_that_was_moved_is_the_same(
     assert LogitStore(path).metadata["teacher"] == "bigram"
 
 
+@pytest.mark.parametrize("method", ["append_run", "flush", "close"])
+def test_a_failed_write_ends_the_dump_and_the_next_goes_on(
+    tmp_path: Path,
+    corpus: MegatronCorpus,
+    documents: list[np.ndarray],
+    config: DumpConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """Writing is done beside the teacher; in every group and shard it may be the last one."""
+    monkeypatch.setattr(dump_module, "_GROUP_TOKENS", 20)
+    monkeypatch.setattr(dump_module, "shards_of", lambda lengths: even_ranges(lengths, 3))
+    write, path, teacher = getattr(LogitStoreWriter, method), str(tmp_path / "s"), random_teacher()
+    calls = 0
+
+    def counting(writer: LogitStoreWriter, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return write(writer, *arguments)
+
+    monkeypatch.setattr(LogitStoreWriter, method, counting)
+    dump(teacher, corpus, str(tmp_path / "whole"), config)
+    assert calls >= 3
+
+    for failing in range(calls):
+        left = failing
+
+        def full(writer: LogitStoreWriter, *arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                if method == "close":
+                    writer.abandon()  # as it does itself
+                raise StoreError("the disk is full")
+            return write(writer, *arguments)
+
+        monkeypatch.setattr(LogitStoreWriter, method, full)
+        with pytest.raises(StoreError, match="the disk is full"):
+            dump(teacher, corpus, f"{path}{failing}", config)
+        monkeypatch.setattr(LogitStoreWriter, method, write)
+        dump(teacher, corpus, f"{path}{failing}", config)
+        assert_store_is_the_teachers(LogitStore(f"{path}{failing}"), teacher, documents, config)
+
+
 class SlowTeacher(BigramTeacher):
     """One of two replicas; counts the tokens it was given, and waits `delay` seconds a batch."""
 
