@@ -23,6 +23,7 @@ from megatron_pd.store.format import (
     ShardHeader,
     token_digest,
 )
+from megatron_pd.store.ragged import RaggedRows
 from megatron_pd.store.types import STATISTICS, Corpus, Layout, StoreError, TeacherRows
 
 __all__ = ["Shard"]
@@ -174,8 +175,7 @@ class Shard:
     def coded_blocks(self, begin: int, end: int) -> Iterator[tuple[int, CodedBlock]]:
         """(first row, block) for the blocks of the shard's rows [begin, end), as they are coded; of
         blocks that are not wholly inside, the rows inside."""
-        with self._reported():
-            starts = self.native.block_rows().view(np.int64)
+        starts = self._block_starts
         models: dict[int, EntropyModel] = {}
         for index in range(int(np.searchsorted(starts, begin, "right")) - 1, len(starts)):
             row = int(starts[index])
@@ -203,6 +203,12 @@ class Shard:
                 block = block.part(first - row, stop - row, counts, self.header.layout)
             if stop > first:
                 yield first, block
+
+    @cached_property
+    def _block_starts(self) -> np.ndarray:
+        """First row of every block: int64 [blocks]."""
+        with self._reported():
+            return self.native.block_rows().view(np.int64)
 
     def _header(self, block: int) -> FrameHeader:
         with self._reported():
@@ -239,6 +245,22 @@ class Shard:
         """Raises StoreError unless a block is intact and decodes."""
         with self._reported():
             self.native.check_block(block)
+
+    def check_masses(self, block: int) -> None:
+        """Raises StoreError for a row that is no distribution, which writers once let pass."""
+        header = self._header(block)
+        if self._codec_of(header).normalises:
+            return
+        begin, layout = int(self._block_starts[block]), self.header.layout
+        rows = self._read_rows(begin, begin + header.rows)
+
+        def where(row: int) -> str:
+            starts = self.starts
+            index = int(np.searchsorted(starts, begin + row, "right")) - 1
+            offset = begin + row - int(starts[index])
+            return f"{self.path}: document {self.documents.start + index}, offset {offset}"
+
+        RaggedRows.of(rows, layout.vocab_size, layout.draws, where)
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

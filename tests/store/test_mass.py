@@ -84,7 +84,7 @@ def test_parquet_in_another_logarithm(tmp_path: Path, rng, corpus) -> None:
         from_parquet([tmp_path], tmp_path / "s", vocab_size=VOCAB, corpus=corpus)
 
 
-@pytest.mark.parametrize("command", ["merge", "split", "recode"])
+@pytest.mark.parametrize("command", ["merge", "split", "recode", "verify"])
 def test_a_store_from_before_there_was_the_check(
     tmp_path: Path, rng, corpus, monkeypatch, capsys, command
 ) -> None:
@@ -95,11 +95,12 @@ def test_a_store_from_before_there_was_the_check(
             rows = random_rows(rng, length, VOCAB, 9)
             store.append(document, 0, with_mass(rows, row, 1.7) if document == 7 else rows)
     assert LogitStore(tmp_path / "old").num_rows
-    words = ["megatron-pd", command, str(tmp_path / "old"), "--output", str(tmp_path / "new")]
+    words = ["megatron-pd", command, str(tmp_path / "old")]
+    words += ["--output", str(tmp_path / "new")] if command != "verify" else []
     words += ["--shard-tokens", "100"] if command == "split" else []
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as left:
-        main()
-    said = capsys.readouterr().err
+        sys.exit(main())
+    said = "".join(capsys.readouterr())
     assert left.value.code == 1
     assert re.search(rf"document 7, offset {row}: .* mass of", said), said

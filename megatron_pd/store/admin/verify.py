@@ -164,7 +164,7 @@ def _problems_of(shard: Shard, run: _Run, report: Progress) -> Iterator[str]:
     elif run.last == _LAYOUT:
         checks = [shard.check_frames]
     else:
-        checks = [partial(shard.check_block, block) for block in range(run.first, run.last)]
+        checks = [partial(_check_block, shard, block) for block in range(run.first, run.last)]
     reported = 0
     for done, check in enumerate(checks, 1):
         try:
@@ -174,6 +174,11 @@ def _problems_of(shard: Shard, run: _Run, report: Progress) -> Iterator[str]:
         size = _size(shard, replace(run, last=run.first + done)) if run.last > 0 else 0
         report(size - reported)
         reported = size
+
+
+def _check_block(shard: Shard, block: int) -> None:
+    shard.check_block(block)
+    shard.check_masses(block)
 
 
 def _size(shard: Shard, run: _Run) -> int:
