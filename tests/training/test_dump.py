@@ -75,7 +75,7 @@ def test_killed_dump_goes_on_where_it_was(world: World, teacher: Path) -> None:
 def test_a_fast_replica_takes_the_shards_that_a_slow_one_leaves(
     world: World, teacher: Path
 ) -> None:
-    path = world.folder / "uneven.pd"
+    path = world.folder / "two-paces.pd"
     flags = world.dump_flags(teacher, "--dump-store", path, "--dump-codec", "exact")
     log = world.runner.check("uneven_replicas_job", flags, ranks=2)
     fast, slow = (int(n) for n in re.findall(r"replica of rank \d: (\d+) batches", log))
