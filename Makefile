@@ -34,6 +34,7 @@ bench: $(BUILT)
 	$(BIN)/python tools/benchmarks/bench_loss.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_gpt_step.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_store.py --quick
+	$(BIN)/python tools/benchmarks/bench_documents.py --quick
 	$(BIN)/python tools/benchmarks/bench_preprocess.py --quick
 	$(BIN)/python tools/benchmarks/bench_rows.py --quick
 
