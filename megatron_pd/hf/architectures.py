@@ -95,10 +95,15 @@ class RopeType:
     """A `rope_type` of transformers' and Megatron's arguments for it."""
 
     arguments: Mapping[str, Any]
-    factor: str | None = None
-    """The argument that is its `factor`."""
+    """What tells it from the others."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Its parameters and the arguments of the same values."""
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes where config.json lacks one."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Its other parameters, which Megatron has no arguments for, and their values there."""
+    """Other parameters, which Megatron has no arguments for, and their values there."""
+    interleaved: bool = True
+    """Whether Megatron has it for interleaved RoPE."""
 
 
 @dataclass(frozen=True)
@@ -257,17 +262,37 @@ _QWEN_REFUSALS = (
     Refusal("use_mrope", _in(False, None), "Qwen's text models have one position a token"),
 )
 
+_ROPE = {
+    "position_embedding_type": "rope",
+    "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+}
 ROPE_TYPES: Mapping[str, RopeType] = {
-    "default": RopeType({"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}),
-    "linear": RopeType({"use_rope_scaling": False}, factor="rotary_seq_len_interpolation_factor"),
+    "default": RopeType(_ROPE),
+    "linear": RopeType(
+        {"position_embedding_type": "rope", "use_rope_scaling": False},
+        {"factor": "rotary_seq_len_interpolation_factor"},
+    ),
     "llama3": RopeType(
-        {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": None},
-        factor="rope_scaling_factor",
+        {**_ROPE, "use_rope_scaling": True},
+        {"factor": "rope_scaling_factor"},
         fixed={
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+    ),
+    "yarn": RopeType(
+        {**_ROPE, "position_embedding_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.0},
+        {
+            "factor": "rotary_scaling_factor",
+            "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+            "truncate": "yarn_correction_range_round_to_int",
+        },
+        absent={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
+        interleaved=False,
     ),
 }
 
@@ -371,9 +396,6 @@ COMMON_ARGUMENTS: Mapping[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
-    "position_embedding_type": "rope",
-    "add_position_embedding": True,
-    "use_rotary_position_embeddings": True,
     "layernorm_zero_centered_gamma": False,
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,

@@ -100,7 +100,10 @@ class ModelConfig:
             },
             **self.architecture.arguments,
             **scaling.arguments,
-            **({scaling.factor: self.rope["factor"]} if scaling.factor else {}),
+            **{argument: self.rope[name] for name, argument in scaling.parameters.items()},
+            # Older switches of position_embedding_type, which the latter would set again.
+            "add_position_embedding": True,
+            "use_rotary_position_embeddings": False,
             "rotary_base": int(base) if base == int(base) else base,
             "rotary_percent": self.rope["partial_rotary_factor"],
             "group_query_attention": groups != self.values["num_attention_heads"],
@@ -228,7 +231,8 @@ def _rope(raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
             rope[key] = found  # refused as unknown
     if "type" in rope:  # its name before rope_type
         rope["rope_type"] = rope.pop("type")
-    return rope
+    row = ROPE_TYPES.get(str(rope["rope_type"]))
+    return {**(row.absent if row else {}), **rope}
 
 
 # ------------------------------------------------------------------ from Megatron's arguments
@@ -249,9 +253,7 @@ def config_of_arguments(
     """
     for key, expected in COMMON_ARGUMENTS.items():
         found = getattr(args, key, expected)
-        # A position embedding's older switches are implied by its type.
-        implied = key in ("add_position_embedding", "use_rotary_position_embeddings")
-        if found != expected and not implied:
+        if found != expected:
             raise UserError(
                 f"{name}: the model has {key} = {_shown(found)}, and Hugging Face's architectures "
                 f"that are known here have {_shown(expected)}."
@@ -295,19 +297,24 @@ def _architecture_of(args: Any, source: Mapping[str, Any], name: str) -> Archite
 
 def _rope_of(args: Any, name: str) -> dict[str, Any]:
     for rope_type, row in ROPE_TYPES.items():
-        matches = all(getattr(args, key, None) == value for key, value in row.arguments.items())
-        factor = getattr(args, row.factor, None) if row.factor else None
-        if matches and (row.factor is None or factor is not None):
+        found = {
+            parameter: getattr(args, argument, None)
+            for parameter, argument in row.parameters.items()
+        }
+        found |= {key: value for key, value in row.absent.items() if found[key] is None}
+        matches = all(getattr(args, key, value) == value for key, value in row.arguments.items())
+        if matches and None not in found.values():
             return {
                 "rope_type": rope_type,
                 "rope_theta": float(args.rotary_base),
                 "partial_rotary_factor": args.rotary_percent,
                 **row.fixed,
-                **({"factor": factor} if row.factor else {}),
+                **found,
             }
+    keys = ("position_embedding_type", "use_rope_scaling", "rotary_seq_len_interpolation_factor")
+    shown = ", ".join(f"{key} = {_shown(getattr(args, key, None))}" for key in keys)
     raise UserError(
-        f"{name}: the model has both --use-rope-scaling and --rotary-seq-len-interpolation-factor, "
-        "which no Hugging Face architecture has together."
+        f"{name}: no Hugging Face architecture that is known here has {shown} together."
     )
 
 
@@ -349,10 +356,13 @@ def _rope_complaints(config: ModelConfig) -> Iterator[str]:
         )
         return
     row = ROPE_TYPES[rope_type]
-    numbers = {"rope_theta", "partial_rotary_factor"} | ({"factor"} if row.factor else set())
-    for key in sorted(numbers):
+    own = {"rope_theta", "partial_rotary_factor", *row.parameters}
+    for key in sorted(own):
         value = rope.get(key)
-        if not (_is_number(value) and value > 0):
+        if key == "truncate" and type(value) is not bool:
+            yield f"{key} of RoPE is {_shown(value)}, expected a boolean"
+            return
+        if key != "truncate" and not (_is_number(value) and value > 0):
             yield f"{key} of RoPE is {_shown(value)}, expected a number above 0"
             return
     for key, expected in row.fixed.items():
@@ -361,8 +371,10 @@ def _rope_complaints(config: ModelConfig) -> Iterator[str]:
                 f"{key} of RoPE is {_shown(rope.get(key))}, and Megatron 0.19.2 has it fixed at "
                 f"{expected}"
             )
-    for key in rope.keys() - numbers - row.fixed.keys() - {"rope_type"}:
+    for key in rope.keys() - own - row.fixed.keys() - {"rope_type"}:
         yield f"{key} of RoPE is {_shown(rope[key])}, which is not known here"
+    if architecture.arguments["rotary_interleaved"] and not row.interleaved:
+        yield f"rope_type is {rope_type!r}, and Megatron 0.19.2 lacks it for interleaved RoPE"
     partial = rope["partial_rotary_factor"]
     if partial > 1 or architecture.arguments.get("rotary_percent", partial) != partial:
         yield (

@@ -33,6 +33,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SIZES, rms_norm_eps=1e-3),
     "llama tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=16),
@@ -44,6 +50,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES, rope_parameters={"rope_theta": 1e6}),
     "qwen2 tied": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2 yarn": lambda: Qwen2Config(**SIZES, rope_parameters=YARN),
+    "qwen3 yarn": lambda: Qwen3Config(
+        **SIZES,
+        head_dim=16,
+        rope_parameters={**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False},
+    ),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "qwen3 tied": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True, head_dim=32),
     "glm": lambda: GlmConfig(**SIZES, head_dim=16),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import JobRunner
-from models import CONFIGS, random_model
+from models import CONFIGS, YARN, random_model
 from safetensors.torch import load_file, save_file
 
 from megatron_pd.errors import UserError
@@ -62,7 +62,10 @@ REFUSED = [
     ("glm", "attention_bias", False),
 ]
 REFUSED_ROPE = [
-    ("rope_type", {**ROPE, "rope_type": "yarn", "factor": 4.0}),
+    ("rope_type", {**ROPE, "rope_type": "longrope", "factor": 4.0}),
+    ("original_max_position_embeddings", {**ROPE, "rope_type": "yarn", "factor": 4.0}),
+    ("attention_factor", {**YARN, "attention_factor": 1.5}),
+    ("truncate", {**YARN, "truncate": "no"}),
     ("rope_type", {**ROPE, "rope_type": "dynamic", "factor": 4.0}),
     ("rope_type", {**ROPE, "rope_type": ["default"]}),
     ("low_freq_factor", {**ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}),
@@ -86,6 +89,12 @@ def test_refused_field(name: str, field: str, value: Any) -> None:
 def test_refused_rope(parameter: str, rope: Any) -> None:
     with pytest.raises(UserError, match=rf"^here: .*\b{parameter}\b"):
         read_config(config_json("llama") | {"rope_parameters": rope}, "here")
+
+
+def test_interleaved_yarn() -> None:
+    config = config_json("glm") | {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}
+    with pytest.raises(UserError, match=r"'yarn', and Megatron .* for interleaved RoPE"):
+        read_config(config, "here")
 
 
 def test_a_sliding_window_that_is_used() -> None:
@@ -151,7 +160,7 @@ def test_refused_combinations_of_arguments() -> None:
         config_of_arguments(args, 301, {}, "there")
     args = arguments_of("llama 3")
     args.rotary_seq_len_interpolation_factor = 2
-    with pytest.raises(UserError, match="--use-rope-scaling and --rotary-seq-len"):
+    with pytest.raises(UserError, match=r"use_rope_scaling = True, rotary_seq_len.*factor = 2"):
         config_of_arguments(args, 301, {}, "there")
 
 
