@@ -40,7 +40,7 @@ def options_of(config: Any) -> Iterator[Field[Any]]:
 
 def flag_name(prefix: str, name: str) -> str:
     """The command-line flag of a field: --prefix-name."""
-    return f"--{prefix}-{name.replace('_', '-')}"
+    return f"--{prefix}-{name}".replace("_", "-")
 
 
 def add_options(group: argparse._ActionsContainer, config: type, prefix: str) -> None:

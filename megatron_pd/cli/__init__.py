@@ -24,6 +24,7 @@ _COMMANDS = (
     "merge",
     "split",
     "recode",
+    "collect",
     "convert",
     "import-hf",
     "export-hf",

@@ -15,6 +15,7 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 
+from megatron_pd.data.addresses import ADDRESSES
 from megatron_pd.data.dataset import ROWS_SECONDS
 from megatron_pd.data.prefetch import prefetch
 from megatron_pd.distill.targets import TeacherTargets
@@ -46,16 +47,19 @@ def get_batch(
     config: Any,
     teacher_columns: int,
     teacher_statistic: str | None = None,
+    addressed: bool = False,
 ) -> dict[str, Any]:
     """The next micro-batch, on this rank's device; None for what this pipeline stage doesn't need.
 
     Args:
         teacher_columns: K of the teacher's rows; 0 where the samples carry none.
         teacher_statistic: the statistic of every row that the samples also carry.
+        addressed: whether the samples carry the addresses of their tokens.
     Returns:
         tokens, labels, position_ids int64 [B, S], loss_mask float32 [B, S], attention_mask, and on
         the last stage with `teacher_columns` also what `TeacherTargets.from_batch` finds, rows
-        [B, S, K]; S is this context-parallel rank's share.
+        [B, S, K]; the addresses [B, S, 3] on the first TP rank of the last stage. S is this
+        context-parallel rank's share.
     """
     args = get_args()
     if not _uses_data(vp_stage, config):
@@ -106,6 +110,8 @@ def get_batch(
         if ROWS_SECONDS in sample:
             gathering = float(sample[ROWS_SECONDS].sum())
             timer.set_elapsed(timer.elapsed(reset=False) + min(waited, gathering))
+    if addressed and is_last_stage and tp_rank == 0:
+        batch[ADDRESSES] = sample[ADDRESSES].cuda(non_blocking=True)
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )

@@ -18,6 +18,7 @@ from megatron_pd.megatron import cpu
 from megatron_pd.megatron.arguments import LearningRate
 
 __all__ = [
+    "before_checkpoints",
     "count_experts_tokens_on_cpu",
     "keep_scheduler",
     "print_timer",
@@ -108,6 +109,21 @@ def count_experts_tokens_on_cpu() -> None:
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def before_checkpoints(do: Callable[[], None]) -> None:
+    """Let `do` run on every rank whenever Megatron begins to save a checkpoint.
+
+    The training loop tells nobody.
+    """
+    original = training.save_checkpoint
+
+    @functools.wraps(original)
+    def save_checkpoint(*args: Any, **options: Any) -> Any:
+        do()
+        return original(*args, **options)
+
+    training.save_checkpoint = save_checkpoint
 
 
 def keep_scheduler() -> Callable[[], LearningRate | None]:

@@ -8,10 +8,6 @@ run that was stopped goes on after the last one, on any number of replicas.
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -21,6 +17,7 @@ from megatron_pd.data.windows import Windows, batches_of, document_groups, windo
 from megatron_pd.errors import UserError
 from megatron_pd.store import LogitStoreWriter, ShardInUseError, TeacherRows
 from megatron_pd.store.admin.merge import even_ranges
+from megatron_pd.teacher.beside import Beside
 from megatron_pd.teacher.dump_config import DumpConfig
 from megatron_pd.teacher.protocol import Teacher
 
@@ -50,7 +47,7 @@ def dump(teacher: Teacher, corpus: MegatronCorpus, path: str, config: DumpConfig
         unit_scale=True,
         disable=not (teacher.writes and teacher.replica == 0),
     )
-    with progress, _Beside() as beside:
+    with progress, Beside() as beside:
         for documents in shards[first:] + shards[:first]:
             _dump_shard(teacher, corpus, path, documents, config, progress, beside)
 
@@ -66,45 +63,6 @@ def shards_of(document_lengths: np.ndarray) -> list[range]:
     return even_ranges(document_lengths, count)
 
 
-class _Beside:
-    """A thread that does what it is given, piece by piece, while the caller goes on.
-
-    What a piece raises comes out of the next call, or of the end of the `with` block.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "writer")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._thread.shutdown()
-        if kind is None:
-            self._wait()
-
-    def run(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Wait until all before it is done, then begin function(*arguments)."""
-        self._wait()
-        self._last = self._thread.submit(function, *arguments)
-
-    def finish(self) -> None:
-        """Return when all is done, whatever came of it."""
-        if self._last is not None:
-            self._last.exception()
-
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-
 def _dump_shard(
     teacher: Teacher,
     corpus: MegatronCorpus,
@@ -112,7 +70,7 @@ def _dump_shard(
     documents: range,
     config: DumpConfig,
     progress: tqdm,
-    beside: _Beside,
+    beside: Beside,
 ) -> None:
     lengths = corpus.document_lengths[documents.start : documents.stop]
     writer = _claim(teacher, corpus, path, documents, config) if teacher.writes else None

@@ -20,7 +20,7 @@ from megatron_pd.megatron.inference import ForwardOnlyModel, load_model
 from megatron.core import mpu
 from megatron.training.checkpointing import get_checkpoint_name
 
-from megatron_pd.data.corpus import training_prefixes
+from megatron_pd.data.corpus import store_path_of, training_prefixes
 from megatron_pd.data.tokenizer import tokenizer_fingerprint
 from megatron_pd.data.windows import Batch
 from megatron_pd.errors import UserError
@@ -30,6 +30,7 @@ from megatron_pd.teacher.capture import capture_for, rows_of_windows
 from megatron_pd.teacher.command import add_dump_arguments, checked_corpora, dump_corpora
 from megatron_pd.teacher.dump_config import DumpConfig
 from megatron_pd.teacher.fingerprint import content_fingerprint
+from megatron_pd.teacher.packed import check_packed, dump_packed
 
 __all__ = ["MegatronTeacher", "main"]
 
@@ -39,7 +40,13 @@ def main() -> int:
     model = load_model(_add_dump_arguments, check=_check)
     teacher = MegatronTeacher(model)
     config = _config_of(model.args, model.args.seq_length)
-    dump_corpora(teacher, training_prefixes(model.args), model.args.dump_store, config)
+    prefixes = training_prefixes(model.args)
+    if config.context == "packed":
+        prefixes = list(dict.fromkeys(prefixes))
+        stores = {prefix: model.args.dump_store or store_path_of(prefix) for prefix in prefixes}
+        dump_packed(teacher, {p: Path(store) for p, store in stores.items()}, model.args, config)
+    else:
+        dump_corpora(teacher, prefixes, model.args.dump_store, config)
     return 0  # without a word to the other replicas, which may go on for hours
 
 
@@ -54,7 +61,9 @@ def _add_dump_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be known to be wrong before the model is loaded."""
-    _config_of(args, sequence_length=args.seq_length or sys.maxsize)  # the checkpoint may tell it
+    config = _config_of(args, args.seq_length or sys.maxsize)  # the checkpoint may tell it
+    if config.context == "packed":
+        check_packed(args)
     checked_corpora(training_prefixes(args), args.dump_store)
 
 

@@ -23,6 +23,7 @@ from megatron_pd.distill.objective import mix
 from megatron_pd.distill.schedules import AlphaSchedule, alpha_at
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.megatron.arguments import LearningRate, resolve_schedule
+from megatron_pd.train.online_capture import OnlineCapture
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
 from megatron_pd.train.resolved_config import ResolvedConfig, resolved_config
 from megatron_pd.train.teacher_data import TeacherData
@@ -68,6 +69,7 @@ def forward_step(
     return_schedule_plan: bool = False,
     *,
     distillation: Distillation | None,
+    capture: OnlineCapture | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch through this pipeline stage (Megatron's forward step).
 
@@ -79,6 +81,7 @@ def forward_step(
     args, timers = get_args(), get_timers()
     # Validation measures the language model alone, with or without distillation in training.
     distils = distillation if model.training else None
+    captures = capture if capture is not None and model.training and capture.wants() else None
     timers("batch-generator", log_level=2).start()
     with _watched(args, bdata=True):
         batch = get_batch(
@@ -87,6 +90,7 @@ def forward_step(
             config=get_attr_wrapped_model(model, "config"),
             teacher_columns=distils.data.columns if distils else 0,
             teacher_statistic=distils.data.statistic if distils else None,
+            addressed=captures is not None,
         )
     timers("batch-generator").stop()
     inputs = {
@@ -107,6 +111,8 @@ def forward_step(
             sequence_parallel=args.sequence_parallel,
         )
         loss = functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
+    if captures is not None:
+        inputs |= captures.inputs(batch, get_attr_wrapped_model(model, "tp_group"))
     run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
     with _watched(args, bdata=False):
         return run(**inputs), loss

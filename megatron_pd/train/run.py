@@ -3,6 +3,7 @@
 flags → PDConfig → teacher data checked → datasets → forward_step → loss
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 
+from megatron_pd.data.addresses import AddressedGPTDataset, AddressedGPTDatasetConfig
 from megatron_pd.data.batch import ROWS_TIMER, builds_dataset
 from megatron_pd.data.dataset import PDGPTDataset, PDGPTDatasetConfig, dataset_fields
 from megatron_pd.megatron import cpu, optional_kernels
@@ -31,6 +33,7 @@ from megatron_pd.megatron.launch import (
     validated_args,
 )
 from megatron_pd.megatron.patches import (
+    before_checkpoints,
     count_experts_tokens_on_cpu,
     keep_scheduler,
     print_timer,
@@ -45,6 +48,11 @@ from megatron_pd.megatron.unsupported import (
     check_splits,
 )
 from megatron_pd.train.forward_step import Distillation, forward_step
+from megatron_pd.train.online_capture import (
+    OnlineCapture,
+    add_capture_arguments,
+    capture_config_of,
+)
 from megatron_pd.train.resolved_config import (
     args_of_checkpoint,
     changes,
@@ -64,6 +72,8 @@ def main() -> int:
     _refuse_early(parsed_args(_extra_arguments))
     args = validated_args(_extra_arguments)
     distillation = _build_distillation(args)
+    capture_config = capture_config_of(args, distils=distillation is not None)
+    capture = None if capture_config is None else OnlineCapture(capture_config, args)
     saved = None
     if args.rank == 0:
         check_splits(args)
@@ -78,17 +88,23 @@ def main() -> int:
     provider: Any = functools.partial(
         _provide_datasets,
         distillation=distillation,
-        begin=functools.partial(_begin, args, distillation, saved, keep_scheduler()),
+        capture=capture,
+        begin=functools.partial(_begin, args, distillation, capture, saved, keep_scheduler()),
         model_config=config.model.transformer,
     )
     provider.is_distributed = True  # every rank calls it; each knows whether it reads data
-    pretrain(
-        config,
-        provider,
-        ModelType.encoder_or_decoder,
-        functools.partial(forward_step, distillation=distillation),
-        get_embedding_ranks=functools.partial(_embedding_ranks, args, config.model.transformer),
-    )
+    if capture is not None:
+        before_checkpoints(capture.flush)
+    with capture or contextlib.nullcontext():
+        pretrain(
+            config,
+            provider,
+            ModelType.encoder_or_decoder,
+            functools.partial(forward_step, distillation=distillation, capture=capture),
+            get_embedding_ranks=functools.partial(_embedding_ranks, args, config.model.transformer),
+        )
+    if capture is not None:
+        capture.collect()
     return 0
 
 
@@ -107,6 +123,7 @@ def _embedding_ranks(args: Any, model_config: Any, stages: list[int]) -> list[in
 def _begin(
     args: Any,
     distillation: Distillation | None,
+    capture: OnlineCapture | None,
     saved: Any | None,
     scheduler_in_use: Callable[[], LearningRate | None],
 ) -> None:
@@ -116,6 +133,8 @@ def _begin(
     if distillation is not None:
         distillation.learning_rate = scheduler_in_use() or distillation.learning_rate
         args.pd_resolved = distillation.resolved()
+    if capture is not None:
+        capture.begin(args.iteration)
     if args.rank == 0:
         print(_report(args, saved), flush=True)
 
@@ -147,6 +166,7 @@ def _extra_arguments(parser):
     optional_kernels.set_gpu_defaults(parser)
     # Megatron 0.19.2 divides by it even where --eval-iters 0 asks for no validation.
     parser.set_defaults(eval_interval=1000)
+    add_capture_arguments(parser)
     return add_pd_arguments(parser)
 
 
@@ -154,7 +174,9 @@ def _refuse_early(args: Any) -> None:
     """What Megatron would refuse with an assertion, or not at all, is refused with a sentence."""
     cpu.check_cpu_args(args)
     optional_kernels.check_gpu_args(args)
-    check_flags(args, distils=pd_config_from_args(args) is not None)
+    distils = pd_config_from_args(args) is not None
+    check_flags(args, distils=distils)
+    capture_config_of(args, distils=distils)
 
 
 def _build_distillation(args: Any) -> Distillation | None:
@@ -173,6 +195,7 @@ def _provide_datasets(
     vp_stage: int | None = None,
     *,
     distillation: Distillation | None,
+    capture: OnlineCapture | None,
     begin: Callable[[], None],
     model_config: Any,
 ) -> tuple[Any, Any, Any]:
@@ -184,6 +207,9 @@ def _provide_datasets(
     dataset_class: type[GPTDataset]
     if args.mock_data:
         dataset_class, config = MockGPTDataset, GPTDatasetConfig(**fields)
+    elif capture is not None:
+        dataset_class = AddressedGPTDataset
+        config = AddressedGPTDatasetConfig(**fields, corpora=capture.corpora)
     elif distillation is None:
         dataset_class, config = GPTDataset, GPTDatasetConfig(**fields)
     else:

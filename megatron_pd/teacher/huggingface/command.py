@@ -146,12 +146,18 @@ def _config_of(args: argparse.Namespace, model_config: Any, source: Source) -> D
         )
     if args.batch_tokens < 1:
         raise UserError(f"--batch-tokens is {args.batch_tokens}; give 1 or more.")
-    return DumpConfig(
+    config = DumpConfig(
         sequence_length=length,
         batch_size=max(1, args.batch_tokens // length),
         seed=args.seed,
         **given_options(args, DumpConfig, "dump"),
     )
+    if config.context != "document":
+        raise UserError(
+            f"--dump-context {config.context} needs a Megatron teacher, which knows the order of "
+            "training: `megatron-pd import-hf` makes one of the folder."
+        )
+    return config
 
 
 def _checked_tokenizer(
