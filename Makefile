@@ -35,6 +35,7 @@ bench: $(BUILT)
 	$(BIN)/python tools/benchmarks/bench_gpt_step.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_store.py --quick
 	$(BIN)/python tools/benchmarks/bench_documents.py --quick
+	$(BIN)/python tools/benchmarks/bench_online_capture.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_preprocess.py --quick
 	$(BIN)/python tools/benchmarks/bench_rows.py --quick
 

@@ -1,5 +1,7 @@
 """Rows in the order of a run become stores: against a dictionary of (document, offset) → row."""
 
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -167,6 +169,23 @@ def test_what_was_not_whole_is_not_there(run: Run, monkeypatch: pytest.MonkeyPat
 
 def stop(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_full_disk_leaves_what_was_written(run: Run) -> None:
+    first = run.journal.begin_run(0)
+    run.write(first, 0, 0, range(1, 5))
+    kept = dict(run.expected)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(run.rng.integers(100, 3000)), limits[1]))
+    try:
+        with pytest.raises(StoreError, match="cannot write the logit store"):
+            run.write(first, 0, 1, range(5, 60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(first) == [segment_name("rank0", 0)]
+    run.expected = kept
+    run.collect()
+    run.check()
 
 
 def test_interrupted_collection_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def measure(folder: Path, options: Any, report: Report) -> dict[str, Any]:
     corpora = {"start": [SHORT], "long": even(options.tokens, LONG)}
     corpora["short"] = even(options.tokens, SHORT)
     for name, lengths in corpora.items():
-        write_corpus(folder / name, lengths)
+        write_corpus(folder / name, lengths, VOCAB_SIZE)
     teacher = folder / "teacher"
     run(
         "megatron_pd.pretrain",
@@ -168,9 +168,10 @@ def even(tokens: int, length: int) -> list[int]:
     return [length] * (tokens // length)
 
 
-def write_corpus(prefix: Path, lengths: list[int]) -> None:
-    dtype = np.dtype(np.uint16)
-    tokens = np.random.default_rng().integers(0, VOCAB_SIZE, sum(lengths)).astype(dtype)
+def write_corpus(prefix: Path, lengths: list[int], vocab_size: int) -> None:
+    """Documents of these lengths, of random tokens."""
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    tokens = np.random.default_rng().integers(0, vocab_size, sum(lengths)).astype(dtype)
     Path(bin_path(str(prefix))).write_bytes(tokens.tobytes())
     ends = np.cumsum(lengths)
     with Path(idx_path(str(prefix))).open("wb") as file:
