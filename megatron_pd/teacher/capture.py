@@ -4,7 +4,8 @@ Axes: T tokens, V this rank's vocabulary, K columns of a row.
 
 The log-sum-exp over the full vocabulary comes from `sparse_log_softmax`, which also gives the
 label's log-probability. Each rank then proposes its own top k, the proposals are gathered, and the
-top k of those are the row: two small collectives beside one read of the logits and one top-k.
+top k of those are the row: two small collectives beside two reads of the logits, in their own
+precision and layout.
 
 A row of random draws inverts the cumulative distribution instead: each rank has the interval of
 [0, 1) that its share of the vocabulary takes, and finds the draws that fall into it.
@@ -28,8 +29,8 @@ from megatron_pd.teacher.dump_config import DumpConfig
 
 __all__ = ["CapturedRows", "capture_for", "capture_rows", "rows_of_windows", "uniforms_of"]
 
-# Logits are turned to float32 for so many tokens at a time: at most 150 MB at V = 150k, and twice
-# that for the cumulative distribution that draws need.
+# Draws and statistics turn so many tokens' logits to float32 at a time: at most 150 MB at V = 150k,
+# and twice that for the cumulative distribution that draws need.
 _CHUNK_TOKENS = 256
 
 
@@ -106,7 +107,8 @@ def capture_rows(
     """The teacher's rows on every TP rank: top-p, then top-k (Eq. 4's Truncate), or random draws.
 
     Args:
-        logits: [..., V] of this rank's vocabulary shard, any floating dtype.
+        logits: [..., V] of this rank's vocabulary shard, any floating dtype, with one leading
+            dimension or more; read in place.
         labels: int [...], the true next tokens.
         uniforms: float64 [..., N] in [0, 1), the same on all ranks: a row is then the N draws that
             they make, as `targets.rows_of_draws` gives them, whatever top_p and top_k.
@@ -115,13 +117,24 @@ def capture_rows(
         statistics: also the entropy and the standard deviation of the full distribution's logits.
     """
     ranks = _Ranks(tp_group)
-    leading = logits.shape[:-1]
-    flat_TV, labels_T = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    uniforms_TN = None if uniforms is None else uniforms.reshape(-1, uniforms.shape[-1])
+    # Rows are taken as they lie in memory, so that those of Megatron, [L, B, V] as [B, L, V], are
+    # not copied.
+    order = sorted(range(labels.dim()), key=logits.stride, reverse=True)
+    leading = [logits.shape[axis] for axis in order]
+
+    def rows_of(values: Tensor) -> Tensor:
+        """[T, …] of what has the leading dimensions."""
+        own = range(len(order), values.dim())
+        return values.permute(*order, *own).flatten(0, len(order) - 1)
+
+    flat_TV, labels_T = rows_of(logits), rows_of(labels)
+    uniforms_TN = None if uniforms is None else rows_of(uniforms)
     parts = []
     for start in range(0, len(flat_TV), _CHUNK_TOKENS):
         chunk = slice(start, start + _CHUNK_TOKENS)
-        logits_TV = flat_TV[chunk].float()
+        logits_TV = flat_TV[chunk]
+        if logits_TV.dtype == torch.float64:
+            logits_TV = logits_TV.float()  # as rows are
         label_logq_T1, lse_T = sparse_log_softmax(
             logits_TV, labels_T[chunk].unsqueeze(-1), tp_group=tp_group, vocab_size=vocab_size
         )
@@ -130,14 +143,16 @@ def capture_rows(
         if uniforms_TN is None:
             rows = _nuclei(own_TV, lse_T, first, top_p, top_k, ranks)
         else:
-            rows = rows_of_draws(_draw(own_TV, lse_T, first, uniforms_TN[chunk], ranks))
+            draws_TN = _draw(own_TV.float(), lse_T, first, uniforms_TN[chunk], ranks)
+            rows = rows_of_draws(draws_TN)
         if statistics:
-            entropy_T, std_T = _statistics(own_TV, lse_T, vocab_size, ranks)
+            entropy_T, std_T = _statistics(own_TV.float(), lse_T, vocab_size, ranks)
             rows = replace(rows, entropy=entropy_T, std=std_T)
         parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1), lse_T))
 
     def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).reshape(*leading, *tensors[0].shape[1:])
+        values = torch.cat(tensors).unflatten(0, leading)
+        return values.movedim(tuple(range(len(order))), order)
 
     targets = [part.targets for part in parts]
     return CapturedRows(
@@ -175,7 +190,8 @@ def _nuclei(
 
 def _gathered_top_k(own_TV: Tensor, first: int, top_k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
     """The top k logits over all ranks and their global ids (int32); −1 where there are fewer."""
-    values_TK = own_TV.new_full((len(own_TV), top_k), -torch.inf)
+    shape = (len(own_TV), top_k)
+    values_TK = own_TV.new_full(shape, -torch.inf, dtype=torch.float32)
     ids_TK = torch.full_like(values_TK, -1, dtype=torch.int32)
     proposals = min(top_k, own_TV.shape[1])
     values_TK[:, :proposals], indices = own_TV.topk(proposals, dim=-1)
