@@ -6,7 +6,10 @@
 //   max          [T]          largest raw logit of the row's true vocabulary ids
 //   sums         [T, 1+K]     Σ exp((z − max)/temperature), then the raw logits at `ids`
 //
-// max, sums, temperature and the gradients of logq and lse are float32 (float64 for float64
+//   values       [T, K]       the top K logits of the row's true vocabulary ids, −∞ beyond them
+//   top_ids      [T, K]       int32, their global ids, −1 beyond them; the lower id first of equals
+//
+// values, max, sums, temperature and the gradients of logq and lse are float32 (float64 for float64
 // logits). `sparse_log_softmax_backward_` writes the gradient over the logits.
 #include <torch/library.h>
 
@@ -21,4 +24,7 @@ TORCH_LIBRARY(megatron_pd, library) {
   library.def(
       "sparse_log_softmax_backward_(Tensor(a!) logits, Tensor ids, Tensor temperature, Tensor max, "
       "Tensor sums, Tensor grad_logq, Tensor grad_lse, SymInt first_id, SymInt vocab_size) -> ()");
+  library.def(
+      "top_k(Tensor logits, int k, SymInt first_id, SymInt vocab_size) -> (Tensor values, Tensor "
+      "top_ids)");
 }

@@ -28,13 +28,17 @@ inline at::ScalarType accumulation_type(const at::Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_logits_and_ids(const at::Tensor& logits, const at::Tensor& ids,
-                                 const at::Tensor& temperature) {
+inline void check_logits(const at::Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 3, "logits must be [outer, inner, V]; got ", logits.dim(),
                     " dimensions.");
   TORCH_CHECK_VALUE(logits.size(2) <= 1 || logits.stride(2) == 1,
                     "The last dimension of the logits must have stride 1; got ", logits.stride(2),
                     ".");
+}
+
+inline void check_logits_and_ids(const at::Tensor& logits, const at::Tensor& ids,
+                                 const at::Tensor& temperature) {
+  check_logits(logits);
   const int64_t rows = logits.size(0) * logits.size(1);
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous(), "ids must be [",
                     rows, ", K] and contiguous; got ", ids.sizes(), ".");

@@ -1,8 +1,9 @@
-"""The student's log-probabilities at chosen vocabulary ids, and the rows' loss on them."""
+"""Log-probabilities at chosen vocabulary ids, the rows' loss on them, and the top k logits."""
 
 from megatron_pd.ops.reference import sparse_log_softmax_reference
 from megatron_pd.ops.row_divergence import FUSED_LOSSES, FUSED_TAILS, is_fused, row_divergence
 from megatron_pd.ops.sparse_log_softmax import sparse_log_softmax
+from megatron_pd.ops.top_k import top_k
 
 __all__ = [
     "FUSED_LOSSES",
@@ -11,4 +12,5 @@ __all__ = [
     "row_divergence",
     "sparse_log_softmax",
     "sparse_log_softmax_reference",
+    "top_k",
 ]

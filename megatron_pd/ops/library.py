@@ -91,6 +91,15 @@ def _backward_in_place_shapes(logits_SBV: Tensor, *_: Tensor | int) -> None:
     return None
 
 
+@torch.library.register_fake("megatron_pd::top_k")
+def _top_k_shapes(
+    logits_SBV: Tensor, k: int, first_id: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    shape = (logits_SBV.shape[0] * logits_SBV.shape[1], k)
+    values_TK = logits_SBV.new_empty(shape, dtype=_accumulation_dtype(logits_SBV))
+    return values_TK, logits_SBV.new_empty(shape, dtype=torch.int32)
+
+
 @torch.library.register_fake("megatron_pd::row_divergence")
 def _row_divergence_shapes(
     log_q_TK: Tensor, *_: Tensor | str | float

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_pd.ops.library import has_cuda_kernels, operators
+from megatron_pd.ops.rows import as_rows
 
 __all__ = ["sparse_log_softmax"]
 
@@ -84,7 +85,7 @@ def sparse_log_softmax(
     if _CHECK_ON_GPU and logits.is_cuda:
         _check_values(ids_TK, temperature_T, vocab_size)
     logq_TK, lse_T = _SparseLogSoftmax.apply(
-        _as_rows(logits),
+        as_rows(logits),
         ids_TK,
         temperature_T,
         rank * shard_size,
@@ -150,18 +151,6 @@ def _reduce_over_shards(
     # An id's raw logit is on one rank and 0 on the others, so its sum is exact.
     dist.all_reduce(sums_T, op=dist.ReduceOp.SUM, group=tp_group)
     return max_T, sums_T
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    """View [..., V] as [S, B, V] with unit last stride; copy only where no such view exists."""
-    while logits.dim() < 3:
-        logits = logits.unsqueeze(0)
-    logits_SBV = logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
-    # Rows that share memory (an expanded tensor) couldn't hold a gradient each.
-    overlaps = any(
-        s == 0 and n > 1 for s, n in zip(logits_SBV.stride(), logits_SBV.shape, strict=True)
-    )
-    return logits_SBV.contiguous() if overlaps or logits_SBV.stride(-1) != 1 else logits_SBV
 
 
 def _temperature_per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:

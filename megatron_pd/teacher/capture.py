@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_pd.data.windows import Batch
 from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
 from megatron_pd.errors import UserError
-from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.ops import sparse_log_softmax, top_k
 from megatron_pd.store import TeacherRows
 from megatron_pd.teacher.dump_config import DumpConfig
 
@@ -188,21 +188,16 @@ def _nuclei(
     return truncate(candidates, top_p=top_p)
 
 
-def _gathered_top_k(own_TV: Tensor, first: int, top_k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
+def _gathered_top_k(own_TV: Tensor, first: int, k: int, ranks: _Ranks) -> tuple[Tensor, Tensor]:
     """The top k logits over all ranks and their global ids (int32); −1 where there are fewer."""
-    shape = (len(own_TV), top_k)
-    values_TK = own_TV.new_full(shape, -torch.inf, dtype=torch.float32)
-    ids_TK = torch.full_like(values_TK, -1, dtype=torch.int32)
-    proposals = min(top_k, own_TV.shape[1])
-    values_TK[:, :proposals], indices = own_TV.topk(proposals, dim=-1)
-    ids_TK[:, :proposals] = indices.int() + first
+    values_TK, ids_TK = top_k(own_TV, k, first_id=first, vocab_size=first + own_TV.shape[1])
     if ranks.size > 1:
         all_values, all_ids = (
             torch.cat(ranks.gathered(proposal), dim=-1) for proposal in (values_TK, ids_TK)
         )
-        values_TK, order = all_values.topk(top_k, dim=-1)
+        values_TK, order = all_values.topk(k, dim=-1)
         ids_TK = all_ids.gather(-1, order)
-    return values_TK, ids_TK.masked_fill(values_TK == -torch.inf, -1)
+    return values_TK, ids_TK
 
 
 def _draw(

@@ -2,98 +2,16 @@
 //
 // Passes over memory: forward reads the logits once; backward reads and writes them once, or writes
 // the gradient elsewhere. Besides those there are only [T], [T, K] and [T, 1+K] tensors.
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
-#include <limits>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "rows.h"
-#include "../operators.h"
+#include "row_loops.h"
 #include "slot_map.h"
 
 namespace megatron_pd {
 namespace {
-
-// torch's own choice of instruction set, so ATEN_CPU_CAPABILITY=default|avx2|avx512 limits both.
-RowKernels best_row_kernels(LogitType type) {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability.rfind("AVX512", 0) == 0) {
-    // torch has no name for the BF16 instructions beyond AVX-512.
-    const bool limited = std::getenv("ATEN_CPU_CAPABILITY") != nullptr;
-    const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && !limited;
-    return has_bf16 ? row_kernels_avx512_bf16(type) : row_kernels_avx512(type);
-  }
-  if (capability == "AVX2") return row_kernels_avx2(type);
-#endif
-  return row_kernels_baseline(type);
-}
-
-template <class T>
-struct LogitTypeOf;
-template <>
-struct LogitTypeOf<float> {
-  static constexpr LogitType value = LogitType::kFloat32;
-};
-template <>
-struct LogitTypeOf<at::BFloat16> {
-  static constexpr LogitType value = LogitType::kBFloat16;
-};
-template <>
-struct LogitTypeOf<at::Half> {
-  static constexpr LogitType value = LogitType::kFloat16;
-};
-
-// The row loops for one logit type and its accumulation type.
-template <class Logit>
-struct RowLoops {
-  using Accumulator = float;
-  RowKernels kernels = best_row_kernels(LogitTypeOf<Logit>::value);
-
-  void statistics(const Logit* logits, int64_t count, float temperature, float* max,
-                  double* sum) const {
-    kernels.statistics(logits, count, temperature, max, sum);
-  }
-  void gradient(const Logit* logits, Logit* out, int64_t count, float temperature, float max,
-                float coefficient) const {
-    kernels.gradient(logits, out, count, temperature, max, coefficient);
-  }
-};
-
-// float64 is for checking gradients, so its loops are plain.
-template <>
-struct RowLoops<double> {
-  using Accumulator = double;
-
-  void statistics(const double* logits, int64_t count, double temperature, double* max,
-                  double* sum) const {
-    *max = -std::numeric_limits<double>::infinity();
-    *sum = 0.0;
-    for (int64_t v = 0; v < count; ++v) *max = logits[v] > *max ? logits[v] : *max;
-    const double shift = std::isinf(*max) && *max < 0 ? 0.0 : *max;
-    for (int64_t v = 0; v < count; ++v) *sum += std::exp((logits[v] - shift) / temperature);
-  }
-  void gradient(const double* logits, double* out, int64_t count, double temperature, double max,
-                double coefficient) const {
-    for (int64_t v = 0; v < count; ++v)
-      out[v] = -coefficient * std::exp((logits[v] - max) / temperature);
-  }
-};
-
-// Rows per task: enough of them that a task is worth a thread's wake-up.
-int64_t grain(int64_t shard_size) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, shard_size));
-}
 
 template <class Number>
 Number of_row(const Number* values, int64_t count, int64_t row) {
@@ -222,24 +140,6 @@ void backward_rows(const at::Tensor& logits, const at::Tensor& gradient, const B
                       sums + row * (1 + ids.count), grad_logq + row * ids.count, grad_lse[row]);
     }
   });
-}
-
-// Calls `function` with a value of the logits' C++ type.
-template <class Function>
-void for_logit_type(at::ScalarType type, const Function& function) {
-  switch (type) {
-    case at::kDouble:
-      return function(double());
-    case at::kFloat:
-      return function(float());
-    case at::kBFloat16:
-      return function(at::BFloat16());
-    case at::kHalf:
-      return function(at::Half());
-    default:
-      TORCH_CHECK_TYPE(false, "logits must be float64, float32, bfloat16 or float16; got ", type,
-                       ".");
-  }
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& ids,

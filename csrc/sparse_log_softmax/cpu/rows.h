@@ -1,4 +1,4 @@
-// The two loops over one row of logits, for each instruction set.
+// The loops over one row of logits, for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,27 @@ using RowStatistics = void (*)(const void* logits, int64_t count, float temperat
 using RowGradient = void (*)(const void* logits, void* gradient, int64_t count, float temperature,
                              float max, float coefficient);
 
+// Groups of logits are of a multiple of so many.
+constexpr int64_t kGroupUnit = 32;
+
+// The largest logit of every `group` logits: ceil(count/group) of them; NaN counts for nothing.
+using RowMaxima = void (*)(const void* logits, int64_t count, int64_t group, float* maxima);
+
+template <class Number>
+struct Candidate {
+  Number value;
+  int32_t column;
+};
+
+// The logits in [begin, end) that are at least `threshold`, in any order; returns how many.
+using RowCandidates = int64_t (*)(const void* logits, int64_t begin, int64_t end, float threshold,
+                                  Candidate<float>* candidates);
+
 struct RowKernels {
   RowStatistics statistics;
   RowGradient gradient;
+  RowMaxima maxima;
+  RowCandidates candidates;
 };
 
 RowKernels row_kernels_baseline(LogitType type);

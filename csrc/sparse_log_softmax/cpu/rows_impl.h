@@ -59,6 +59,10 @@ struct Float32 {
     std::memcpy(to, &pair.first, sizeof pair.first);
     std::memcpy(to + kLanes, &pair.second, sizeof pair.second);
   }
+  // Where in a unit a lane of the first or the second register comes from.
+  static MEGATRON_PD_INLINE int64_t place(int64_t lane, int64_t half) {
+    return half * kLanes + lane;
+  }
 };
 
 template <class Half>
@@ -74,6 +78,7 @@ struct Packed16 {
     const Words words = (Half::narrow(pair.first) >> 16) | Half::narrow(pair.second);
     std::memcpy(to, &words, sizeof words);
   }
+  static MEGATRON_PD_INLINE int64_t place(int64_t lane, int64_t half) { return 2 * lane + half; }
 };
 
 // Both convert between float32 and a 16-bit number in the upper half of the word.
@@ -178,7 +183,7 @@ MEGATRON_PD_INLINE double reduce_sum(Floats x) {
   return result;
 }
 
-// --- the two loops -------------------------------------------------------------------------------
+// --- the loops -----------------------------------------------------------------------------------
 
 template <class Type>
 MEGATRON_PD_INLINE float block_max(const typename Type::Storage* logits, int64_t count) {
@@ -257,8 +262,43 @@ void gradient(const void* row, void* out, int64_t count, float temperature, floa
 }
 
 template <class Type>
+void maxima(const void* row, int64_t count, int64_t group, float* out) {
+  const auto* logits = static_cast<const typename Type::Storage*>(row);
+  for (int64_t start = 0; start < count; start += group)
+    *out++ = block_max<Type>(logits + start, count - start < group ? count - start : group);
+}
+
+MEGATRON_PD_INLINE bool any(Ints mask) {
+  uint64_t words[sizeof mask / 8], all = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+template <class Type>
+int64_t candidates(const void* row, int64_t begin, int64_t end, float threshold,
+                   Candidate<float>* out) {
+  const auto* logits = static_cast<const typename Type::Storage*>(row);
+  int64_t found = 0;
+  for (int64_t i = begin; i < end; i += kUnit) {
+    const int64_t length = end - i < kUnit ? end - i : kUnit;
+    const Pair z = Type::load(length == kUnit ? logits + i : Tail<Type>(logits + i, length).values);
+    if (!any((z.first >= threshold) | (z.second >= threshold))) continue;
+    for (int64_t half = 0; half < 2; ++half) {
+      const Floats values = half == 0 ? z.first : z.second;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t place = Type::place(lane, half);
+        if (values[lane] >= threshold && place < length)
+          out[found++] = {values[lane], static_cast<int32_t>(i + place)};
+      }
+    }
+  }
+  return found;
+}
+
+template <class Type>
 RowKernels kernels() {
-  return {statistics<Type>, gradient<Type>};
+  return {statistics<Type>, gradient<Type>, maxima<Type>, candidates<Type>};
 }
 
 }  // namespace
