@@ -63,6 +63,11 @@ class CorpusIndex(NamedTuple):
         with naming(path), open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = file.read(HEADER.size)
+            if 0 < len(header) < HEADER.size and _MAGIC.startswith(header[: len(_MAGIC)]):
+                raise UserError(
+                    f"{path}: {size:,} bytes, fewer than an index's header has: it was cut short. "
+                    "Copy it again."
+                )
             if len(header) < HEADER.size or not header.startswith(_MAGIC):
                 raise UserError(
                     f"{path} is no index of a Megatron corpus (it does not begin with MMIDIDX): "

@@ -96,6 +96,8 @@ def test_what_is_no_corpus_is_a_sentence(tmp_path):
         ("idx", b"", "no index of a Megatron corpus"),
         ("idx", b"MMIDXXX" + index[7:], "no index of a Megatron corpus"),
         ("idx", index[:9] + b"\2" + index[10:], "version 2"),
+        ("idx", index[:5], "cut short"),
+        ("idx", index[:33], "cut short"),
         ("idx", index[: len(index) // 2], "cut short"),
         ("bin", tokens[:-1], "cut short, or belongs to another index"),
     ):
