@@ -8,14 +8,15 @@ project need not be installed. Stages, each in a process of its own:
 
     build      the extension, for this GPU
     tests      every test of the operators, on the device
+    training   a student's training and a teacher's dump, beside the same on the CPU
     loss       benchmarks/bench_loss.py: K = 0, 50, 100, two vocabularies, bf16 and fp32, beside
                Megatron's losses and a dense one, with memory and the share of the copy bandwidth
     gpt step   benchmarks/bench_gpt_step.py: a Megatron GPT step, three losses
     memcheck, racecheck   some of the tests under compute-sanitizer, where it is installed
 
-Megatron's losses and the GPT step need megatron-core (bring its wheel and put it on PYTHONPATH);
-where it can't be imported they are left out and the report says so. The exit status is 0 if no
-stage failed.
+Training, Megatron's losses and the GPT step need megatron-core (bring its wheel and put it on
+PYTHONPATH); where it can't be imported they are left out and the report says so. The exit status is
+0 if no stage failed.
 """
 
 import argparse
@@ -113,11 +114,12 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
     no_megatron = ""
     if importlib.util.find_spec("megatron") is None:
         no_megatron = "megatron-core can't be imported: put its wheel on PYTHONPATH."
+    no_gpu = "It is for a GPU." if options.device == "cpu" else ""
     no_sanitizer = "" if find_compute_sanitizer() else "compute-sanitizer isn't installed."
-    if options.device == "cpu":
-        no_sanitizer = "compute-sanitizer is for a GPU."
 
     yield runner.run("tests", [*pytest, *plan.tests], unless=no_tests)
+    training = [*pytest, "tests/training/test_gpu.py"]
+    yield runner.run("training", training, unless=no_gpu or no_tests or no_megatron)
     yield runner.benchmark("loss", "bench_loss.py", plan.loss)
     yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
     for tool in ("memcheck", "racecheck"):
@@ -125,7 +127,7 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
         command += ["--target-processes", "all", *pytest, *SANITIZED_TESTS]
         # Without torch's own pool every tensor is an allocation of which the tool knows the end.
         pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield runner.run(tool, command, unless=no_sanitizer or no_tests, **pool)
+        yield runner.run(tool, command, unless=no_gpu or no_sanitizer or no_tests, **pool)
 
 
 def find_compute_sanitizer() -> str | None:
