@@ -117,9 +117,9 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
     no_gpu = "It is for a GPU." if options.device == "cpu" else ""
     no_sanitizer = "" if find_compute_sanitizer() else "compute-sanitizer isn't installed."
 
-    yield runner.run("tests", [*pytest, *plan.tests], unless=no_tests)
+    yield runner.tests("tests", [*pytest, *plan.tests], unless=no_tests)
     training = [*pytest, "tests/training/test_gpu.py"]
-    yield runner.run("training", training, unless=no_gpu or no_tests or no_megatron)
+    yield runner.tests("training", training, unless=no_gpu or no_tests or no_megatron)
     yield runner.benchmark("loss", "bench_loss.py", plan.loss)
     yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
     for tool in ("memcheck", "racecheck"):
@@ -127,7 +127,7 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
         command += ["--target-processes", "all", *pytest, *SANITIZED_TESTS]
         # Without torch's own pool every tensor is an allocation of which the tool knows the end.
         pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield runner.run(tool, command, unless=no_gpu or no_sanitizer or no_tests, **pool)
+        yield runner.tests(tool, command, unless=no_gpu or no_sanitizer or no_tests, **pool)
 
 
 def find_compute_sanitizer() -> str | None:
@@ -149,11 +149,15 @@ class Runner:
         if self.device == "cuda":
             major, minor = torch.cuda.get_device_capability()
             self.environment |= {
-                "MEGATRON_PD_TEST_DEVICE": "cuda",
-                "MEGATRON_PD_CHECK_INPUTS": "1",
                 "MEGATRON_PD_BUILD_CUDA": "1",
                 "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}",
             }
+
+    def tests(self, name: str, command: list[str], unless: str = "", **environment: str) -> Stage:
+        """Tests in the checked mode, which waits for the GPU and so isn't for benchmarks."""
+        if self.device == "cuda":
+            environment |= {"MEGATRON_PD_TEST_DEVICE": "cuda", "MEGATRON_PD_CHECK_INPUTS": "1"}
+        return self.run(name, command, unless, **environment)
 
     def run(self, name: str, command: list[str], unless: str = "", **environment: str) -> Stage:
         """`unless` is the reason to skip the stage."""

@@ -72,7 +72,8 @@ def sparse_log_softmax(
 
     On CUDA, looking at ids or at a temperature tensor would take a synchronisation. There the logq
     of a wrong id is NaN, and temperatures aren't looked at, unless the environment has
-    MEGATRON_PD_CHECK_INPUTS=1 (the checked mode): then both raise as on the CPU.
+    MEGATRON_PD_CHECK_INPUTS=1 (the checked mode): then both raise as on the CPU. A compiled graph
+    is never checked.
     """
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
@@ -82,7 +83,7 @@ def sparse_log_softmax(
         vocab_size = shard_size * ranks
     ids_TK = ids.reshape(math.prod(leading), ids.shape[-1]).contiguous()
     temperature_T = _temperature_per_row(temperature, logits)
-    if _CHECK_ON_GPU and logits.is_cuda:
+    if _CHECK_ON_GPU and logits.is_cuda and not torch.compiler.is_compiling():
         _check_values(ids_TK, temperature_T, vocab_size)
     logq_TK, lse_T = _SparseLogSoftmax.apply(
         as_rows(logits),

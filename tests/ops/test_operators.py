@@ -128,11 +128,12 @@ def test_mistakes_are_named(arguments: dict, error: type[Exception], message: st
 
 
 @pytest.mark.skipif(not has_cuda_kernels(), reason="built without CUDA kernels: no nvcc")
-def test_on_a_gpu_nothing_is_made_elsewhere() -> None:
+def test_on_a_gpu_nothing_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward pass without its kernel, on fake CUDA tensors. A fake tensor has no values: to
     look at one, which would wait for the GPU, is an error."""
     if cpu.is_cpu():
         pytest.skip("an earlier test of this process has made CUDA mean the CPU")
+    monkeypatch.setattr(MODULE, "_CHECK_ON_GPU", False)
     with FakeTensorMode():
         logits = torch.empty(4, 2, 30, device="cuda", dtype=torch.bfloat16)
         ids = torch.empty(4, 2, 3, device="cuda", dtype=torch.int32)
