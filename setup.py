@@ -96,7 +96,10 @@ def torch_flags() -> tuple[list[str], list[str]]:
     # Read by nobody: with another torch the command is another, and nothing old is linked.
     compile_flags += [f"-DMEGATRON_PD_TORCH={torch.__version__}"]
     # torch's own OpenMP runtime carries the soname of the system's, so both are one at run time.
-    return compile_flags, [f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-fopenmp"]
+    link_flags = [f"-L{folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-fopenmp"]
+    # Some toolchains have the static libstdc++ alone. A second copy of it beside torch's crashes as
+    # soon as an error message prints a number.
+    return compile_flags, [*link_flags, "-l:libstdc++.so.6"]
 
 
 def operators() -> Library:

@@ -57,9 +57,12 @@ def _release(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
+_HAS_CUDA_KERNELS = _CUDA_LIBRARY.exists() and torch.version.cuda is not None
+
+
 def has_cuda_kernels() -> bool:
     """Whether the CUDA kernels were built with this installation."""
-    return _CUDA_LIBRARY.exists() and torch.version.cuda is not None
+    return _HAS_CUDA_KERNELS
 
 
 _load_libraries()

@@ -26,7 +26,12 @@ def top_k(logits: Tensor, k: int, *, first_id: int, vocab_size: int) -> tuple[Te
         values [..., k], float32 (float64 for float64 logits), the largest first, −inf where there
         are fewer than k; global ids int32 [..., k], −1 there. A logit of −inf or NaN is never
         among them. On the CPU the lower id comes first of equals, and is kept.
+
+    Raises:
+        ValueError: k is less than 1.
     """
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}.")
     if logits.is_cuda:
         values, ids = _torch_top_k(logits, k, first_id, vocab_size)
     else:

@@ -125,6 +125,25 @@ def test_what_the_build_needs_and_lacks_is_a_sentence(build, monkeypatch, tmp_pa
         build.logit_codec()
 
 
+def test_a_toolchain_with_a_static_libstdcpp_makes_no_second_copy_of_it(
+    build, monkeypatch, tmp_path
+) -> None:
+    link_flags = build.torch_flags()[1]
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "OBJECTS", tmp_path / "objects")
+    monkeypatch.setattr(build, "CXX", [*build.CXX, "-static-libstdc++"])
+    source = tmp_path / "csrc/message.cpp"
+    source.parent.mkdir()
+    source.write_text("#include <ostream>\nvoid print(std::ostream& out) { out << 1L << 1.5; }\n")
+    compiler = (*build.CXX, "-fPIC")
+    library = build.Library("message", [build.Source(source, compiler)], link_flags)
+    defined = subprocess.check_output(
+        ["nm", "--demangle", "--defined-only", build.build(library)], text=True
+    )
+    assert "print(std::" in defined and "std::ostream::_M_insert" not in defined
+    assert "std::codecvt" not in defined
+
+
 def test_a_missing_compiler_is_a_sentence(build, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(build, "ROOT", tmp_path)
     with pytest.raises(build.BuildError, match=r"compiler /nowhere/g\+\+ isn't there.*apt-get"):
