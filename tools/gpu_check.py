@@ -8,15 +8,17 @@ project need not be installed. Stages, each in a process of its own:
 
     build      the extension, for this GPU
     tests      every test of the operators, on the device
-    training   a student's training and a teacher's dump, beside the same on the CPU
     loss       benchmarks/bench_loss.py: K = 0, 50, 100, two vocabularies, bf16 and fp32, beside
                Megatron's losses and a dense one, with memory and the share of the copy bandwidth
+    output layer   benchmarks/bench_output_layer.py: the output layer and the losses, whole and in
+               chunks, beside the layer's three matrix products
     gpt step   benchmarks/bench_gpt_step.py: a Megatron GPT step, three losses
+    training   a student's training and a teacher's dump, beside the same on the CPU
     memcheck, racecheck   some of the tests under compute-sanitizer, where it is installed
 
-Training, Megatron's losses and the GPT step need megatron-core (bring its wheel and put it on
-PYTHONPATH); where it can't be imported they are left out and the report says so. The exit status is
-0 if no stage failed.
+Training, Megatron's losses, the output layer and the GPT step need megatron-core (bring its wheel
+and put it on PYTHONPATH); where it can't be imported they are left out and the report says so. The
+exit status is 0 if no stage failed.
 """
 
 import argparse
@@ -36,7 +38,6 @@ import torch
 from benchmarks.common import describe_machine, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-TIME_LIMIT_S = 8 * 60
 
 
 @dataclass
@@ -58,17 +59,20 @@ class Plan:
 
     tests: list[str]
     loss: list[str]
+    output_layer: list[str]
     gpt_step: list[str]
 
 
 FULL = Plan(
     tests=["tests/ops"],
     loss="--rows 8192 --vocab-size 131072 151552 --k 50 100 --repeats 10".split(),
+    output_layer=[],
     gpt_step="--repeats 5".split(),
 )
 SMALL = Plan(
     tests=["tests/ops/test_sparse_log_softmax.py", "-k", "special or strided"],
     loss="--rows 8 --vocab-size 1000 1001 --k 5 10 --repeats 1".split(),
+    output_layer="--rows 32 --hidden-size 16 --vocab-size 1000 --k 5 --repeats 1".split(),
     gpt_step=(
         "--layers 1 --hidden-size 32 --vocab-size 1024 --seq-length 32 --k 5 --repeats 1"
     ).split(),
@@ -85,6 +89,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes")
     parser.add_argument(
         "--output", type=Path, default=Path("gpu-check"), help="folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--time-limit", type=int, default=8 * 60, metavar="SECONDS", help="default: %(default)s"
     )
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -118,10 +125,13 @@ def run_stages(options: argparse.Namespace) -> Iterator[Stage]:
     no_sanitizer = "" if find_compute_sanitizer() else "compute-sanitizer isn't installed."
 
     yield runner.tests("tests", [*pytest, *plan.tests], unless=no_tests)
+    yield runner.benchmark("loss", "bench_loss.py", plan.loss)
+    yield runner.benchmark(
+        "output layer", "bench_output_layer.py", plan.output_layer, unless=no_megatron
+    )
+    yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
     training = [*pytest, "tests/training/test_gpu.py"]
     yield runner.tests("training", training, unless=no_gpu or no_tests or no_megatron)
-    yield runner.benchmark("loss", "bench_loss.py", plan.loss)
-    yield runner.benchmark("gpt step", "bench_gpt_step.py", plan.gpt_step, unless=no_megatron)
     for tool in ("memcheck", "racecheck"):
         command = [str(find_compute_sanitizer()), "--tool", tool, "--error-exitcode", "9"]
         command += ["--target-processes", "all", *pytest, *SANITIZED_TESTS]
@@ -143,7 +153,8 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.output = options.device, options.output
-        self.deadline = time.monotonic() + TIME_LIMIT_S
+        self.time_limit = options.time_limit
+        self.deadline = time.monotonic() + self.time_limit
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if self.device == "cuda":
@@ -167,7 +178,7 @@ class Runner:
         start = time.monotonic()
         left = self.deadline - start
         if left <= 0:
-            return Stage(name, "skipped", note=f"The {TIME_LIMIT_S} seconds were over.")
+            return Stage(name, "skipped", note=f"The {self.time_limit} seconds were over.")
         try:
             done = subprocess.run(
                 command,
@@ -181,7 +192,7 @@ class Runner:
             outcome = "passed" if done.returncode == 0 else "failed"
         except subprocess.TimeoutExpired as error:
             output, outcome = error.stdout or b"", "stopped"
-            note = f"The {TIME_LIMIT_S} seconds were over. "
+            note = f"The {self.time_limit} seconds were over. "
         lines = output.decode(errors="replace").splitlines()
         print("\n".join(lines), flush=True)
         last = next((line.strip(" =") for line in reversed(lines) if line.strip(" =")), "")
@@ -224,6 +235,7 @@ def markdown(machine: dict[str, str], stages: list[Stage]) -> Iterator[str]:
     )
     sections: dict[str, Callable[[Any], Iterator[str]]] = {
         "loss": loss_section,
+        "output layer": output_layer_section,
         "gpt step": gpt_section,
     }
     for stage in stages:
@@ -257,6 +269,27 @@ def loss_section(shapes: list[dict[str, Any]]) -> Iterator[str]:
                 for row in shape["contenders"]
             ),
         )
+
+
+def output_layer_section(report: dict[str, Any]) -> Iterator[str]:
+    options = report["options"]
+    yield (
+        f"\n## Output layer and losses, {options['rows']} tokens, {options['hidden_size']} × "
+        f"{options['vocab_size']}, K = {options['k']}\n"
+    )
+    yield from markdown_table(
+        ["", "forward ms", "backward ms", "over the three products", "peak, GB"],
+        (
+            [
+                row["name"],
+                f"{row['forward_ms']:.1f}",
+                f"{row['backward_ms']:.1f}",
+                f"{row['over_three_products']:.3f}",
+                f"{row['peak_bytes'] / 1e9:.3f}",
+            ]
+            for row in report["contenders"]
+        ),
+    )
 
 
 def gpt_section(report: dict[str, Any]) -> Iterator[str]:

@@ -28,9 +28,10 @@ def test_every_stage_on_the_cpu(tmp_path: Path) -> None:
     assert {name: stage["outcome"] for name, stage in stages.items()} == {
         "build": "passed",
         "tests": "passed",
-        "training": "skipped",
         "loss": "passed",
+        "output layer": "passed",
         "gpt step": "passed",
+        "training": "skipped",
         "memcheck": "skipped",
         "racecheck": "skipped",
     }
@@ -46,6 +47,8 @@ def test_every_stage_on_the_cpu(tmp_path: Path) -> None:
         losses = {row["loss"] for row in shape["contenders"] if row["k"] == 10}
         assert max(losses) == pytest.approx(min(losses), rel=1e-3)
         assert shape["copy_bytes_per_second"] > 0
+    layer = {row["name"]: row for row in stages["output layer"]["data"]["contenders"]}
+    assert layer["three products"]["over_three_products"] == 1 and "megatron_pd" in layer
     steps = {row["name"]: row for row in stages["gpt step"]["data"]["contenders"]}
     assert "LM only" in steps and "Megatron cached logits" in steps
     assert all(row["step_ms"] > 0 for row in steps.values())

@@ -7,6 +7,8 @@ the corpus, the first weights and the teacher's store, is made on the CPU.
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +51,32 @@ def gpu_curves(world: World, name: str, *flags: Any) -> dict[str, np.ndarray]:
     return curves(events)
 
 
+@pytest.fixture(scope="module")
+def training(world: World) -> Iterator[dict[str, Future]]:
+    """All training runs on the GPU, side by side: name → its curves."""
+    captured = ["--pd-capture", world.folder / "captured on a GPU"]
+    runs = RUNS | {"bf16": [*PD_STAR, *BF16], "captured": captured}
+    with ThreadPoolExecutor(len(runs)) as pool:
+        yield {name: pool.submit(gpu_curves, world, name, *flags) for name, flags in runs.items()}
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_curves(world: World, name: str) -> None:
-    found = gpu_curves(world, name, *RUNS[name])
+def test_curves(world: World, training: dict[str, Future], name: str) -> None:
     expected = world.train(*world.from_student(), *RUNS[name])
+    found = training[name].result()
     for column in {"lm loss", "kd loss", "grad-norm"} & expected.keys():
         np.testing.assert_allclose(found[column], expected[column], rtol=1e-3, err_msg=column)
 
 
-def test_curves_in_bf16(world: World) -> None:
-    found = gpu_curves(world, "bf16", *PD_STAR, *BF16)
+def test_curves_in_bf16(world: World, training: dict[str, Future]) -> None:
     expected = world.train(*world.from_student(), *PD_STAR)
+    found = training["bf16"].result()
     for column in ("lm loss", "kd loss"):
         np.testing.assert_allclose(found[column], expected[column], rtol=2e-2, err_msg=column)
 
 
-def test_capture_leaves_the_losses_as_they_are(world: World) -> None:
-    plain = gpu_curves(world, "not captured")
-    captured = gpu_curves(world, "captured", "--pd-capture", world.folder / "captured on a GPU")
+def test_capture_leaves_the_losses_as_they_are(training: dict[str, Future]) -> None:
+    captured, plain = training["captured"].result(), training["lm only"].result()
     np.testing.assert_array_equal(captured["lm loss"], plain["lm loss"])
 
 
