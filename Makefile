@@ -33,6 +33,8 @@ lint: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python tools/benchmarks/bench_loss.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_gpt_step.py --quick --device $(DEVICE)
+	$(BIN)/python tools/benchmarks/bench_output_layer.py --quick --device $(DEVICE)
+	$(BIN)/python tools/benchmarks/bench_capture.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_store.py --quick
 	$(BIN)/python tools/benchmarks/bench_documents.py --quick
 	$(BIN)/python tools/benchmarks/bench_online_capture.py --quick --device $(DEVICE)

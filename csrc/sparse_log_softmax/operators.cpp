@@ -8,6 +8,9 @@
 //
 //   values       [T, K]       the top K logits of the row's true vocabulary ids, −∞ beyond them
 //   top_ids      [T, K]       int32, their global ids, −1 beyond them; the lower id first of equals
+//   log_prob_sums [T, 3]      float64: Σ p·log p, Σ log p and Σ (log p)² of the row's true
+//   vocabulary
+//                             ids, with log p = z − lse
 //
 // values, max, sums, temperature and the gradients of logq and lse are float32 (float64 for float64
 // logits). `sparse_log_softmax_backward_` writes the gradient over the logits.
@@ -27,4 +30,6 @@ TORCH_LIBRARY(megatron_pd, library) {
   library.def(
       "top_k(Tensor logits, int k, SymInt first_id, SymInt vocab_size) -> (Tensor values, Tensor "
       "top_ids)");
+  library.def(
+      "log_prob_sums(Tensor logits, Tensor lse, SymInt first_id, SymInt vocab_size) -> Tensor");
 }

@@ -56,23 +56,25 @@ inline void check_logits_and_ids(const at::Tensor& logits, const at::Tensor& ids
                     ", ", ids.device(), " and ", temperature.device(), ".");
 }
 
+inline void check_row_tensor(const at::Tensor& logits, const at::Tensor& tensor, const char* name,
+                             at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() &&
+                        tensor.scalar_type() == accumulation_type(logits) &&
+                        tensor.device() == logits.device(),
+                    name, " must be a contiguous ", accumulation_type(logits), " tensor of shape ",
+                    sizes, " on ", logits.device(), "; got ", tensor.scalar_type(), " ",
+                    tensor.sizes(), " on ", tensor.device(), ".");
+}
+
 // What the backward operators take besides: the row statistics and the gradients of the outputs.
 inline void check_row_tensors(const at::Tensor& logits, const at::Tensor& ids,
                               const at::Tensor& max, const at::Tensor& sums,
                               const at::Tensor& grad_logq, const at::Tensor& grad_lse) {
   const int64_t rows = ids.size(0), count = ids.size(1);
-  const auto check = [&](const at::Tensor& tensor, const char* name, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(tensor.sizes() == sizes && tensor.is_contiguous() &&
-                          tensor.scalar_type() == accumulation_type(logits) &&
-                          tensor.device() == logits.device(),
-                      name, " must be a contiguous ", accumulation_type(logits),
-                      " tensor of shape ", sizes, " on ", logits.device(), "; got ",
-                      tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device(), ".");
-  };
-  check(max, "max", {rows});
-  check(sums, "sums", {rows, 1 + count});
-  check(grad_logq, "grad_logq", {rows, count});
-  check(grad_lse, "grad_lse", {rows});
+  check_row_tensor(logits, max, "max", {rows});
+  check_row_tensor(logits, sums, "sums", {rows, 1 + count});
+  check_row_tensor(logits, grad_logq, "grad_logq", {rows, count});
+  check_row_tensor(logits, grad_lse, "grad_lse", {rows});
 }
 
 }  // namespace megatron_pd

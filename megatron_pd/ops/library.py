@@ -103,6 +103,13 @@ def _top_k_shapes(
     return values_TK, logits_SBV.new_empty(shape, dtype=torch.int32)
 
 
+@torch.library.register_fake("megatron_pd::log_prob_sums")
+def _log_prob_sums_shapes(
+    logits_SBV: Tensor, lse_T: Tensor, first_id: int, vocab_size: int
+) -> Tensor:
+    return lse_T.new_empty((*lse_T.shape, 3), dtype=torch.float64)
+
+
 @torch.library.register_fake("megatron_pd::row_divergence")
 def _row_divergence_shapes(
     log_q_TK: Tensor, *_: Tensor | str | float

@@ -23,14 +23,14 @@ from torch import Tensor
 from megatron_pd.data.windows import Batch
 from megatron_pd.distill.targets import TeacherTargets, rows_of_draws, truncate
 from megatron_pd.errors import UserError
-from megatron_pd.ops import sparse_log_softmax, top_k
+from megatron_pd.ops import log_prob_sums, sparse_log_softmax, top_k
 from megatron_pd.store import TeacherRows
 from megatron_pd.teacher.dump_config import DumpConfig
 
 __all__ = ["CapturedRows", "capture_for", "capture_rows", "rows_of_windows", "uniforms_of"]
 
-# Draws and statistics turn so many tokens' logits to float32 at a time: at most 150 MB at V = 150k,
-# and twice that for the cumulative distribution that draws need.
+# Draws turn so many tokens' logits to float32 at a time: at most 150 MB at V = 150k, and twice that
+# for their cumulative distribution.
 _CHUNK_TOKENS = 256
 
 
@@ -146,7 +146,7 @@ def capture_rows(
             draws_TN = _draw(own_TV.float(), lse_T, first, uniforms_TN[chunk], ranks)
             rows = rows_of_draws(draws_TN)
         if statistics:
-            entropy_T, std_T = _statistics(own_TV.float(), lse_T, vocab_size, ranks)
+            entropy_T, std_T = _statistics(logits_TV, lse_T, first, vocab_size, ranks)
             rows = replace(rows, entropy=entropy_T, std=std_T)
         parts.append(CapturedRows(rows, label_logq_T1.squeeze(-1), lse_T))
 
@@ -231,17 +231,20 @@ def _draw(
 
 
 def _statistics(
-    own_TV: Tensor, lse_T: Tensor, vocab_size: int, ranks: _Ranks
+    logits_TV: Tensor, lse_T: Tensor, first: int, vocab_size: int, ranks: _Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Entropy (nats) and standard deviation of the logits over the full vocabulary: float32 [T]."""
-    logp_TV = own_TV - lse_T.unsqueeze(-1)
-    # A logit of −inf is a token that cannot be: it adds nothing to the entropy, and makes the
-    # standard deviation infinite, as it should.
-    plogp_TV = torch.where(logp_TV == -torch.inf, 0.0, logp_TV.exp() * logp_TV)
-    sums = torch.stack([x.sum(-1, dtype=torch.float64) for x in (plogp_TV, logp_TV, logp_TV**2)])
-    ranks.reduced(sums, torch.distributed.ReduceOp.SUM)
-    mean_T, mean_square_T = sums[1] / vocab_size, sums[2] / vocab_size
-    return -sums[0].float(), (mean_square_T - mean_T**2).clamp(min=0).sqrt().float()
+    """Entropy (nats) and standard deviation of the logits over the full vocabulary: float32 [T].
+
+    A logit of −inf is a token that cannot be: it adds nothing to the entropy, and makes the
+    standard deviation infinite.
+    """
+    sums_T3 = log_prob_sums(logits_TV, lse_T, first_id=first, vocab_size=vocab_size)
+    ranks.reduced(sums_T3, torch.distributed.ReduceOp.SUM)
+    plogp_T, sum_T, sum_of_squares_T = sums_T3.unbind(-1)
+    mean_T, mean_square_T = sum_T / vocab_size, sum_of_squares_T / vocab_size
+    variance_T = (mean_square_T - mean_T**2).clamp(min=0)
+    std_T = torch.where(mean_T == -torch.inf, torch.inf, variance_T.sqrt())
+    return -plogp_T.float(), std_T.float()
 
 
 def uniforms_of(batch: Batch, seed: int, draws: int) -> torch.Tensor:

@@ -69,6 +69,9 @@ struct RowLoops {
                      Candidate<float>* out) const {
     return kernels.candidates(logits, begin, end, threshold, out);
   }
+  void log_prob_sums(const Logit* logits, int64_t count, float lse, double* sums) const {
+    kernels.log_prob_sums(logits, count, lse, sums);
+  }
 };
 
 // float64 is for checking gradients, so its loops are plain.
@@ -103,6 +106,15 @@ struct RowLoops<double> {
     for (int64_t v = begin; v < end; ++v)
       if (logits[v] >= threshold) out[found++] = {logits[v], static_cast<int32_t>(v)};
     return found;
+  }
+  void log_prob_sums(const double* logits, int64_t count, double lse, double* sums) const {
+    std::fill(sums, sums + 3, 0.0);
+    for (int64_t v = 0; v < count; ++v) {
+      const double logp = logits[v] - lse, p = std::exp(logp);
+      if (p != 0.0) sums[0] += p * logp;
+      sums[1] += logp;
+      sums[2] += logp * logp;
+    }
   }
 };
 

@@ -32,11 +32,16 @@ struct Candidate {
 using RowCandidates = int64_t (*)(const void* logits, int64_t begin, int64_t end, float threshold,
                                   Candidate<float>* candidates);
 
+// Σ p·log p, Σ log p and Σ (log p)² of `count` logits, read once, with log p = z − lse. A logit of
+// −∞ adds nothing to the first, and makes the others −∞ and ∞.
+using RowLogProbSums = void (*)(const void* logits, int64_t count, float lse, double* sums);
+
 struct RowKernels {
   RowStatistics statistics;
   RowGradient gradient;
   RowMaxima maxima;
   RowCandidates candidates;
+  RowLogProbSums log_prob_sums;
 };
 
 RowKernels row_kernels_baseline(LogitType type);

@@ -268,6 +268,68 @@ void maxima(const void* row, int64_t count, int64_t group, float* out) {
     *out++ = block_max<Type>(logits + start, count - start < group ? count - start : group);
 }
 
+// The last, partial unit, filled up with `filler`.
+template <class Type>
+MEGATRON_PD_INLINE Pair load_tail(const typename Type::Storage* from, int64_t count, float filler) {
+  Pair z = Type::load(Tail<Type>(from, count).values);
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    if (Type::place(lane, 0) >= count) z.first[lane] = filler;
+    if (Type::place(lane, 1) >= count) z.second[lane] = filler;
+  }
+  return z;
+}
+
+// Σ term(z) of a block, where term(filler) is 0.
+template <class Type, class Term>
+MEGATRON_PD_INLINE double block_sum_of(const typename Type::Storage* logits, int64_t count,
+                                       float filler, Term term) {
+  Floats first{}, second{};
+  int64_t i = 0;
+  for (; i + kUnit <= count; i += kUnit) {
+    const Pair z = Type::load(logits + i);
+    first += term(z.first);
+    second += term(z.second);
+  }
+  if (i < count) {
+    const Pair z = load_tail<Type>(logits + i, count - i, filler);
+    first += term(z.first);
+    second += term(z.second);
+  }
+  return reduce_sum(first + second);
+}
+
+// Each block gives its mean and the squares around it, and they are put together as Chan, Golub and
+// LeVeque (1983) do, so that large log-probs that differ by little lose no digits.
+template <class Type>
+void log_prob_sums(const void* row, int64_t count, float lse, double* sums) {
+  const auto* logits = static_cast<const typename Type::Storage*>(row);
+  const Exponential exponential(lse, 1.0f);
+  const auto value = [](Floats z) { return z; };
+  const auto plogp = [&](Floats z) {
+    const Floats p = exponential(z);
+    return p == 0.0f ? Floats{} : p * (z - lse);
+  };
+  double total_plogp = 0.0, mean = 0.0, squares = 0.0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t length = count - start < kBlock ? count - start : kBlock;
+    const auto* block = logits + start;
+    const auto center = static_cast<float>(block_sum_of<Type>(block, length, 0.0f, value) / length);
+    const auto deviation = [&](Floats z) { return z - center; };
+    const auto square = [&](Floats z) { return (z - center) * (z - center); };
+    const double rest = block_sum_of<Type>(block, length, center, deviation) / length;
+    const double rise = center + rest - lse - mean;
+    const double share = double(length) / double(start + length);
+    squares += block_sum_of<Type>(block, length, center, square) - rest * rest * length;
+    squares += rise * rise * start * share;
+    mean += rise * share;
+    total_plogp += block_sum_of<Type>(block, length, -__builtin_inff(), plogp);
+  }
+  const bool is_finite = mean - mean == 0.0;
+  sums[0] = total_plogp;
+  sums[1] = is_finite ? mean * count : -__builtin_inf();
+  sums[2] = is_finite ? squares + mean * mean * count : __builtin_inf();
+}
+
 MEGATRON_PD_INLINE bool any(Ints mask) {
   uint64_t words[sizeof mask / 8], all = 0;
   std::memcpy(words, &mask, sizeof mask);
@@ -298,7 +360,7 @@ int64_t candidates(const void* row, int64_t begin, int64_t end, float threshold,
 
 template <class Type>
 RowKernels kernels() {
-  return {statistics<Type>, gradient<Type>, maxima<Type>, candidates<Type>};
+  return {statistics<Type>, gradient<Type>, maxima<Type>, candidates<Type>, log_prob_sums<Type>};
 }
 
 }  // namespace
