@@ -27,8 +27,9 @@ typedef uint32_t Words __attribute__((vector_size(MEGATRON_PD_VECTOR_BYTES)));
 constexpr int64_t kLanes = MEGATRON_PD_VECTOR_BYTES / 4;
 constexpr int64_t kUnit = 2 * kLanes;
 // Logits per block: its maximum is taken first, then its exponentials, the second time from the
-// first-level cache, so that main memory is read once.
-constexpr int64_t kBlock = 4096;
+// first-level cache, so that main memory is read once. Each lane adds up 128 float32 numbers, on
+// every instruction set, before the sums are put together in float64.
+constexpr int64_t kBlock = 128 * kUnit;
 
 #define MEGATRON_PD_INLINE inline __attribute__((always_inline))
 
