@@ -37,23 +37,25 @@ inline void check_logits(const at::Tensor& logits) {
 }
 
 inline void check_logits_and_ids(const at::Tensor& logits, const at::Tensor& ids,
-                                 const at::Tensor& temperature) {
+                                 const at::Tensor& temperatures) {
   check_logits(logits);
   const int64_t rows = logits.size(0) * logits.size(1);
   TORCH_CHECK_VALUE(ids.dim() == 2 && ids.size(0) == rows && ids.is_contiguous(), "ids must be [",
                     rows, ", K] and contiguous; got ", ids.sizes(), ".");
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong,
                    "ids must be int32 or int64; got ", ids.scalar_type(), ".");
-  TORCH_CHECK_VALUE(
-      temperature.dim() == 1 && (temperature.numel() == 1 || temperature.numel() == rows) &&
-          temperature.is_contiguous(),
-      "temperature must be [1] or [", rows, "] and contiguous; got ", temperature.sizes(), ".");
-  TORCH_CHECK_TYPE(temperature.scalar_type() == accumulation_type(logits), "temperature must be ",
+  TORCH_CHECK_VALUE(temperatures.dim() == 2 &&
+                        (temperatures.size(0) == 1 || temperatures.size(0) == rows) &&
+                        temperatures.size(1) >= 1 && temperatures.size(1) <= kMostTemperatures &&
+                        temperatures.is_contiguous(),
+                    "temperatures must be [1, N] or [", rows, ", N] with N from 1 to ",
+                    kMostTemperatures, " and contiguous; got ", temperatures.sizes(), ".");
+  TORCH_CHECK_TYPE(temperatures.scalar_type() == accumulation_type(logits), "temperatures must be ",
                    accumulation_type(logits), " for ", logits.scalar_type(), " logits; got ",
-                   temperature.scalar_type(), ".");
-  TORCH_CHECK_VALUE(ids.device() == logits.device() && temperature.device() == logits.device(),
-                    "logits, ids and temperature must be on one device; got ", logits.device(),
-                    ", ", ids.device(), " and ", temperature.device(), ".");
+                   temperatures.scalar_type(), ".");
+  TORCH_CHECK_VALUE(ids.device() == logits.device() && temperatures.device() == logits.device(),
+                    "logits, ids and temperatures must be on one device; got ", logits.device(),
+                    ", ", ids.device(), " and ", temperatures.device(), ".");
 }
 
 inline void check_row_tensor(const at::Tensor& logits, const at::Tensor& tensor, const char* name,
@@ -68,13 +70,14 @@ inline void check_row_tensor(const at::Tensor& logits, const at::Tensor& tensor,
 
 // What the backward operators take besides: the row statistics and the gradients of the outputs.
 inline void check_row_tensors(const at::Tensor& logits, const at::Tensor& ids,
-                              const at::Tensor& max, const at::Tensor& sums,
-                              const at::Tensor& grad_logq, const at::Tensor& grad_lse) {
-  const int64_t rows = ids.size(0), count = ids.size(1);
+                              const at::Tensor& temperatures, const at::Tensor& max,
+                              const at::Tensor& sums, const at::Tensor& grad_logq,
+                              const at::Tensor& grad_lse) {
+  const int64_t rows = ids.size(0), count = ids.size(1), each = temperatures.size(1);
   check_row_tensor(logits, max, "max", {rows});
-  check_row_tensor(logits, sums, "sums", {rows, 1 + count});
-  check_row_tensor(logits, grad_logq, "grad_logq", {rows, count});
-  check_row_tensor(logits, grad_lse, "grad_lse", {rows});
+  check_row_tensor(logits, sums, "sums", {rows, each + count});
+  check_row_tensor(logits, grad_logq, "grad_logq", {rows, each, count});
+  check_row_tensor(logits, grad_lse, "grad_lse", {rows, each});
 }
 
 }  // namespace megatron_pd

@@ -1,6 +1,7 @@
 // What one call is about, in plain numbers: shared by the CPU and the CUDA kernels.
 //
-// T rows (tokens), V logits of a row (this rank's shard of the vocabulary), K ids per row.
+// T rows (tokens), V logits of a row (this rank's shard of the vocabulary), K ids per row, N
+// temperatures of each row.
 #pragma once
 
 #include <cstdint>
@@ -55,12 +56,17 @@ struct Shard {
   }
 };
 
-// Temperatures, one per row or one for all.
+constexpr int64_t kMostTemperatures = 2;
+
+// [T, N], or [1, N] for all rows.
 struct Temperatures {
   const float* data;
   bool per_row;
+  int64_t count;  // N
 
-  MEGATRON_PD_HOST_DEVICE float at(int64_t row) const { return data[per_row ? row : 0]; }
+  MEGATRON_PD_HOST_DEVICE float at(int64_t row, int64_t n) const {
+    return data[(per_row ? row : 0) * count + n];
+  }
 };
 
 }  // namespace megatron_pd

@@ -16,10 +16,10 @@ in a way that stops a gradient.
 
 Cost: beside one read and write of the logits, a small operation on [T, K] is nearly all launch, so
 their number counts. `row_divergence` does all of them in one for the losses and policies that it
-knows and a student at temperature 1, the paper's; what PyTorch composes here serves every other
-setting, and defines what that operator is tested against. To keep it short padding is filled such
-that the losses need no mask, and the extra outcome stands in [T, 1] tensors instead of a column
-K + 1.
+knows and a student at temperature 1, the paper's, or tempered over the vocabulary; what PyTorch
+composes here serves every other setting, and defines what that operator is tested against. To keep
+it short padding is filled such that the losses need no mask, and the extra outcome stands in [T, 1]
+tensors instead of a column K + 1.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def distillation_loss(
     label_logq_T: Tensor,
     labels_T: Tensor,
     tempered_logq_TK: Tensor | None = None,
+    tempered_label_logq_T: Tensor | None = None,
 ) -> Tensor:
     """Loss of each token against its teacher row.
 
@@ -56,29 +57,35 @@ def distillation_loss(
             teacher's ids; 0 in padding.
         label_logq_T: the same at the labels.
         labels_T: integer ids of the next tokens.
-        tempered_logq_TK: `logq_TK` at `config.student_temperature`; needed exactly where
-            `config.needs_tempered_student`.
+        tempered_logq_TK, tempered_label_logq_T: `logq_TK` and `label_logq_T` at
+            `config.student_temperature`; needed exactly where `config.needs_tempered_student`.
 
     Returns:
         [T] in the dtype of `logq_TK`, in nats; exactly 0 with exactly 0 gradient where a row has
         no entry.
 
     Raises:
-        ValueError: `tempered_logq_TK` is missing.
+        ValueError: they are missing.
         UserError: the store has no statistic that the adaptive temperature needs.
     """
-    if config.needs_tempered_student and tempered_logq_TK is None:
+    tempers = config.needs_tempered_student
+    if tempers and (tempered_logq_TK is None or tempered_label_logq_T is None):
         raise ValueError(
             f"--pd-tail {config.tail} with --pd-student-temperature {config.student_temperature} "
-            "needs the student's log-probabilities at that temperature as well; call "
-            "sparse_log_softmax again with temperature= and pass tempered_logq_TK."
+            "needs the student's log-probabilities at that temperature as well: take them from "
+            "sparse_log_softmaxes and pass tempered_logq_TK and tempered_label_logq_T."
         )
     if config.top_p is not None or config.top_k is not None:
         teacher = truncate(teacher, config.top_p, config.top_k)
-    if config.student_temperature == 1.0 and is_fused(config.loss, config.tail):
+    if (tempers or config.student_temperature == 1.0) and is_fused(config.loss, config.tail):
+        # Such a policy looks at the student at the one temperature alone.
+        student_TK, label_T = (
+            (tempered_logq_TK, tempered_label_logq_T) if tempers else (logq_TK, label_logq_T)
+        )
+        assert student_TK is not None and label_T is not None
         return row_divergence(
-            logq_TK[..., : teacher.ids.shape[-1]],
-            label_logq_T,
+            student_TK[..., : teacher.ids.shape[-1]],
+            label_T,
             teacher.ids,
             teacher.logprobs.to(logq_TK.dtype),
             teacher.counts,
@@ -89,7 +96,8 @@ def distillation_loss(
             weight=_weight_name(config),
             jsd_beta=config.jsd_beta or 0.5,
         )
-    return composed_loss(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
+    student = logq_TK, label_logq_T, labels_T, tempered_logq_TK, tempered_label_logq_T
+    return composed_loss(config, teacher, *student)
 
 
 def composed_loss(
@@ -99,6 +107,7 @@ def composed_loss(
     label_logq_T: Tensor,
     labels_T: Tensor,
     tempered_logq_TK: Tensor | None = None,
+    tempered_label_logq_T: Tensor | None = None,
 ) -> Tensor:
     """`distillation_loss` from PyTorch operations, for every option; rows are truncated already.
 
@@ -107,7 +116,8 @@ def composed_loss(
     Raises:
         ValueError: the loss, perhaps one from outside, gives something else than a number a row.
     """
-    rows = _rows(config, teacher, logq_TK, label_logq_T, labels_T, tempered_logq_TK)
+    student = logq_TK, label_logq_T, labels_T, tempered_logq_TK, tempered_label_logq_T
+    rows = _rows(config, teacher, *student)
     loss = LOSSES.get(config.loss)
     parts = TAILS.get(config.tail).outcomes(rows) if loss.uses_tail else ()
     loss_T = loss.value(rows, parts, config)
@@ -136,6 +146,7 @@ def _rows(
     label_logq_T: Tensor,
     labels_T: Tensor,
     tempered_logq_TK: Tensor | None,
+    tempered_label_logq_T: Tensor | None,
 ) -> Rows:
     """Bring everything to one width and dtype; an empty row becomes one of a single token.
 
@@ -165,6 +176,9 @@ def _rows(
         student_tau=config.student_temperature,
         labels=labels_T,
         label_log_q=label_logq_T,
+        tempered_label_log_q=label_logq_T
+        if tempered_label_logq_T is None
+        else tempered_label_logq_T,
     )
 
 

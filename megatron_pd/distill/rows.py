@@ -72,6 +72,9 @@ class Rows:
     label_log_q: Tensor
     """[T], the student's log-probability of the label at τ_s = 1."""
 
+    tempered_label_log_q: Tensor
+    """[T], the same where `tempered_log_q` is at τ_s, else label_log_q."""
+
     @functools.cached_property
     def log_mass(self) -> Tensor:
         """[T, 1], log a of the teacher's kept mass."""

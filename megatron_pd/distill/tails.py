@@ -67,11 +67,7 @@ def _to_label(rows: Rows) -> Parts:
     is_label = (rows.ids == rows.labels.unsqueeze(-1)) & rows.mask
     log_t = torch.where(is_label, torch.logaddexp(log_t, rows.log_tail), log_t)
     extra = ~is_label.any(-1, keepdim=True) & torch.isfinite(rows.log_tail)
-    label_log_q = rows.label_log_q.unsqueeze(-1)
-    if rows.student_tau != 1.0:
-        # log q at τ_s is log q/τ_s plus one constant per row, which any kept column tells.
-        shift = (rows.tempered_log_q - rows.log_q / rows.student_tau)[..., :1]
-        label_log_q = label_log_q / rows.student_tau + shift
+    label_log_q = rows.tempered_label_log_q.unsqueeze(-1)
     row = Outcomes(log_t, rows.tempered_log_q, rows.mask)
     return row, _one_outcome(rows.log_tail, label_log_q, extra)
 

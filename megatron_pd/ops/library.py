@@ -2,7 +2,7 @@
 
 The CPU library defines the operators; the CUDA library, built where nvcc was found, adds kernels to
 them. Legend: S, B leading dimensions of the logits; T = S·B rows; V this rank's
-vocabulary; K ids per row.
+vocabulary; K ids per row; N temperatures of each row.
 """
 
 import sysconfig
@@ -75,12 +75,12 @@ def _accumulation_dtype(logits: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("megatron_pd::sparse_log_softmax_forward")
 def _forward_shapes(
-    logits_SBV: Tensor, ids_TK: Tensor, temperature_T: Tensor, first_id: int, vocab_size: int
+    logits_SBV: Tensor, ids_TK: Tensor, temperatures_TN: Tensor, first_id: int, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     rows, count = ids_TK.shape
     dtype = _accumulation_dtype(logits_SBV)
     return logits_SBV.new_empty(rows, dtype=dtype), logits_SBV.new_empty(
-        rows, 1 + count, dtype=dtype
+        rows, temperatures_TN.shape[1] + count, dtype=dtype
     )
 
 

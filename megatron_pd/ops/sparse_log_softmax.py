@@ -9,20 +9,22 @@ K ids is a few lines on logq and lse, and the whole of it costs
   forward   one read of the logits: per row the maximum, Σ exp and the K raw logits
   backward  one read and one write of the logits, over their own buffer when asked
 
-in the logits' own dtype with float32 sums (float64 for float64 logits). No other tensor has the
-vocabulary's size. Saved for backward: the logits, the ids, and [T] and [T, 1+K] statistics.
+in the logits' own dtype with float32 sums (float64 for float64 logits), at one temperature or at
+two (`sparse_log_softmaxes`). No other tensor has the vocabulary's size. Saved for backward: the
+logits, the ids, and [T] and [T, N+K] statistics.
 
 Tensor parallel: rank r of `tp_group` holds the ids [r·V, (r+1)·V). Forward does two all-reduces,
-the maximum [T] and one packed sum [T, 1+K]. Backward does none: the loss and so g is the same on
+the maximum [T] and one packed sum [T, N+K]. Backward does none: the loss and so g is the same on
 all ranks, and the formula gives each rank the gradient of its own shard from the reduced
 statistics. An all-reduce that autograd sees would multiply the gradient by the number of ranks.
 
-Legend: S, B leading dimensions, T = S·B rows, V this rank's vocabulary, K ids
-per row.
+Legend: S, B leading dimensions, T = S·B rows, V this rank's vocabulary, K ids per row, N
+temperatures of each row.
 """
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,9 +35,10 @@ from torch.autograd.function import once_differentiable
 from megatron_pd.ops.library import has_cuda_kernels, operators
 from megatron_pd.ops.rows import as_rows
 
-__all__ = ["sparse_log_softmax"]
+__all__ = ["sparse_log_softmax", "sparse_log_softmaxes"]
 
 _CHECK_ON_GPU = os.environ.get("MEGATRON_PD_CHECK_INPUTS") == "1"
+_MOST_TEMPERATURES = 2
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,6 +78,37 @@ def sparse_log_softmax(
     MEGATRON_PD_CHECK_INPUTS=1 (the checked mode): then both raise as on the CPU. A compiled graph
     is never checked.
     """
+    ((logq, lse),) = sparse_log_softmaxes(
+        logits,
+        ids,
+        (temperature,),
+        tp_group=tp_group,
+        inplace_backward=inplace_backward,
+        vocab_size=vocab_size,
+    )
+    return logq, lse
+
+
+def sparse_log_softmaxes(
+    logits: Tensor,
+    ids: Tensor,
+    temperatures: Sequence[float | Tensor],
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
+    vocab_size: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return `(logq, lse)` of `sparse_log_softmax` at each of one or two temperatures.
+
+    The logits are read once forward, and read and written once backward, whichever it is.
+
+    Raises:
+        ValueError: there are no temperatures, or more than two; and as `sparse_log_softmax`.
+    """
+    if not 1 <= len(temperatures) <= _MOST_TEMPERATURES:
+        raise ValueError(
+            f"There are {len(temperatures)} temperatures; expected 1 to {_MOST_TEMPERATURES}."
+        )
     ranks = 1 if tp_group is None else tp_group.size()
     rank = 0 if tp_group is None else tp_group.rank()
     _check(logits, ids, vocab_size, ranks)
@@ -82,19 +116,22 @@ def sparse_log_softmax(
     if vocab_size is None:
         vocab_size = shard_size * ranks
     ids_TK = ids.reshape(math.prod(leading), ids.shape[-1]).contiguous()
-    temperature_T = _temperature_per_row(temperature, logits)
+    temperatures_TN = _per_row(temperatures, logits)
     if _CHECK_ON_GPU and logits.is_cuda and not torch.compiler.is_compiling():
-        _check_values(ids_TK, temperature_T, vocab_size)
-    logq_TK, lse_T = _SparseLogSoftmax.apply(
+        _check_values(ids_TK, temperatures_TN, vocab_size)
+    logq_TNK, lse_TN = _SparseLogSoftmax.apply(
         as_rows(logits),
         ids_TK,
-        temperature_T,
+        temperatures_TN,
         rank * shard_size,
         vocab_size,
         tp_group if ranks > 1 else None,
         inplace_backward,
     )
-    return logq_TK.view(ids.shape), lse_T.view(leading)
+    return [
+        (logq_TK.view(ids.shape), lse_T.view(leading))
+        for logq_TK, lse_T in zip(logq_TNK.unbind(1), lse_TN.unbind(1), strict=True)
+    ]
 
 
 class _SparseLogSoftmax(torch.autograd.Function):
@@ -103,33 +140,35 @@ class _SparseLogSoftmax(torch.autograd.Function):
         ctx: Any,
         logits_SBV: Tensor,
         ids_TK: Tensor,
-        temperature_T: Tensor,
+        temperatures_TN: Tensor,
         first_id: int,
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
-        max_T, sums_T = operators.sparse_log_softmax_forward(
-            logits_SBV, ids_TK, temperature_T, first_id, vocab_size
+        max_T, sums = operators.sparse_log_softmax_forward(
+            logits_SBV, ids_TK, temperatures_TN, first_id, vocab_size
         )
         if tp_group is not None:
-            max_T, sums_T = _reduce_over_shards(max_T, sums_T, temperature_T, tp_group)
-        ctx.save_for_backward(logits_SBV, ids_TK, temperature_T, max_T, sums_T)
+            max_T, sums = _reduce_over_shards(max_T, sums, temperatures_TN, tp_group)
+        ctx.save_for_backward(logits_SBV, ids_TK, temperatures_TN, max_T, sums)
         ctx.shard = first_id, vocab_size
         ctx.inplace_backward = inplace_backward
 
+        sums_TN, chosen_TK = sums.split([temperatures_TN.shape[1], ids_TK.shape[1]], dim=1)
+        log_sum_TN, max_T1 = sums_TN.log(), max_T.unsqueeze(1)
         # z − max first: it is exact where z and lse are large and close to each other.
-        log_sum_T = sums_T[:, 0].log()
-        from_max_TK = (sums_T[:, 1:] - max_T.unsqueeze(1)) / temperature_T.unsqueeze(1)
-        logq_TK = (from_max_TK - log_sum_T.unsqueeze(1)).masked_fill(ids_TK == -1, 0.0)
-        return logq_TK, max_T / temperature_T + log_sum_T
+        from_max_TNK = (chosen_TK - max_T1).unsqueeze(1) / temperatures_TN.unsqueeze(2)
+        padding_T1K = (ids_TK == -1).unsqueeze(1)
+        logq_TNK = (from_max_TNK - log_sum_TN.unsqueeze(2)).masked_fill(padding_T1K, 0.0)
+        return logq_TNK, max_T1 / temperatures_TN + log_sum_TN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logq_TK, grad_lse_T = (gradient.contiguous() for gradient in gradients)
+        grad_logq_TNK, grad_lse_TN = (gradient.contiguous() for gradient in gradients)
         logits_SBV, *saved = ctx.saved_tensors
-        arguments = (logits_SBV, *saved, grad_logq_TK, grad_lse_T, *ctx.shard)
+        arguments = (logits_SBV, *saved, grad_logq_TNK, grad_lse_TN, *ctx.shard)
         if ctx.inplace_backward:
             operators.sparse_log_softmax_backward_(*arguments)
             # Lets autograd refuse any later use of the logits that are no longer there.
@@ -141,22 +180,29 @@ class _SparseLogSoftmax(torch.autograd.Function):
 
 
 def _reduce_over_shards(
-    max_T: Tensor, sums_T: Tensor, temperature_T: Tensor, tp_group: dist.ProcessGroup
+    max_T: Tensor, sums: Tensor, temperatures_TN: Tensor, tp_group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Statistics of the whole vocabulary from those of this rank's shard."""
     shard_max_T = max_T.clone()
     dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=tp_group)
     # A shard of padding or −inf alone has the maximum −inf and the sum 0, which stays 0.
-    rescale_T = ((shard_max_T - max_T) / temperature_T).exp()
-    sums_T[:, 0] *= torch.where(shard_max_T == -torch.inf, 1.0, rescale_T)
+    rescale_TN = ((shard_max_T - max_T).unsqueeze(1) / temperatures_TN).exp()
+    empty_T1 = (shard_max_T == -torch.inf).unsqueeze(1)
+    sums[:, : temperatures_TN.shape[1]] *= torch.where(empty_T1, 1.0, rescale_TN)
     # An id's raw logit is on one rank and 0 on the others, so its sum is exact.
-    dist.all_reduce(sums_T, op=dist.ReduceOp.SUM, group=tp_group)
-    return max_T, sums_T
+    dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=tp_group)
+    return max_T, sums
 
 
-def _temperature_per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """Temperatures as [1] or [T] on the logits' device, in the dtype of the sums."""
+def _per_row(temperatures: Sequence[float | Tensor], logits: Tensor) -> Tensor:
+    """Temperatures as [1, N] or [T, N] on the logits' device, in the dtype of the sums."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    columns = [_column(temperature, logits, dtype) for temperature in temperatures]
+    return torch.stack(torch.broadcast_tensors(*columns), dim=1)
+
+
+def _column(temperature: float | Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[1] or [T]."""
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"temperature must be positive; got {temperature}.")
@@ -169,10 +215,10 @@ def _temperature_per_row(temperature: float | Tensor, logits: Tensor) -> Tensor:
             f"temperature has the shape {tuple(temperature.shape)}, which doesn't broadcast to the "
             f"logits' rows {tuple(logits.shape[:-1])}."
         ) from None
-    return per_row.reshape(-1).contiguous()
+    return per_row.reshape(-1)
 
 
-def _check_values(ids_TK: Tensor, temperature_T: Tensor, vocab_size: int) -> None:
+def _check_values(ids_TK: Tensor, temperatures_TN: Tensor, vocab_size: int) -> None:
     """What the CPU kernels check themselves and the CUDA kernels can't; waits for the GPU."""
     wrong_TK = (ids_TK < -1) | (ids_TK >= vocab_size)
     if wrong_TK.any():
@@ -181,8 +227,8 @@ def _check_values(ids_TK: Tensor, temperature_T: Tensor, vocab_size: int) -> Non
             f"ids[{row}, {column}] is {int(ids_TK[row, column])}: expected -1 (padding) or a "
             f"vocabulary id from 0 to {vocab_size - 1}."
         )
-    if not (temperature_T > 0).all():
-        raise ValueError(f"temperature must be positive; got {float(temperature_T.min()):g}.")
+    if not (temperatures_TN > 0).all():
+        raise ValueError(f"temperature must be positive; got {float(temperatures_TN.min()):g}.")
 
 
 def _check(logits: Tensor, ids: Tensor, vocab_size: int | None, ranks: int) -> None:

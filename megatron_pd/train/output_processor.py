@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets
-from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.ops import sparse_log_softmaxes
 
 __all__ = ["DistillationContext", "distillation_output_processor", "gathered_positions"]
 
@@ -163,25 +163,19 @@ def _token_losses(
     """[2, S, B]: the LM and the KD loss of every token."""
     config = context.config
     ids_SBK = torch.cat([labels_SB.unsqueeze(-1).int(), teacher_SBK.ids], dim=-1)
-    tempered = config.needs_tempered_student
-    logq_SBK, _ = sparse_log_softmax(
-        logits_SBV,
-        ids_SBK,
-        tp_group=context.tp_group,
-        # The logits have one reader, unless a second temperature reads them too.
-        inplace_backward=not tempered,
+    temperatures = [1.0]
+    if config.needs_tempered_student:
+        temperatures.append(config.student_temperature)
+    (logq_SBK, _), *tempered = sparse_log_softmaxes(
+        logits_SBV, ids_SBK, temperatures, tp_group=context.tp_group, inplace_backward=True
     )
-    tempered_logq_SBK = None
-    if tempered:
-        tempered_logq_SBK, _ = sparse_log_softmax(
-            logits_SBV,
-            teacher_SBK.ids,
-            temperature=config.student_temperature,
-            tp_group=context.tp_group,
-        )
-    label_logq_SB1, teacher_logq_SBK = logq_SBK.split([1, teacher_SBK.ids.shape[-1]], dim=-1)
-    label_logq_SB = label_logq_SB1.squeeze(-1)
+    label_logq_SB = logq_SBK[..., 0]
     kd_SB = distillation_loss(
-        config, teacher_SBK, teacher_logq_SBK, label_logq_SB, labels_SB, tempered_logq_SBK
+        config,
+        teacher_SBK,
+        logq_SBK[..., 1:],
+        label_logq_SB,
+        labels_SB,
+        *(part for logq_SBK, _ in tempered for part in (logq_SBK[..., 1:], logq_SBK[..., 0])),
     )
     return torch.stack([-label_logq_SB, kd_SB])

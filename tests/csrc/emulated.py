@@ -53,7 +53,7 @@ class Shard(Structure):
 
 
 class Temperatures(Structure):
-    _fields_ = [("data", c_void_p), ("per_row", c_bool)]
+    _fields_ = [("data", c_void_p), ("per_row", c_bool), ("count", c_int64)]
 
 
 PROBLEM = [
@@ -90,14 +90,16 @@ class BackwardArguments(Structure):
 
 
 def _problem(
-    logits_SBV: Tensor, ids_TK: Tensor, temperature_T: Tensor, first_id: int, vocab_size: int
+    logits_SBV: Tensor, ids_TK: Tensor, temperatures_TN: Tensor, first_id: int, vocab_size: int
 ) -> tuple[Ids, Shard, Temperatures]:
     size = logits_SBV.shape[-1]
     live = max(0, min(size, vocab_size - first_id))
     return (
         Ids(ids_TK.data_ptr(), ids_TK.dtype == torch.int64, ids_TK.shape[1]),
         Shard(first_id, size, live, vocab_size),
-        Temperatures(temperature_T.data_ptr(), temperature_T.numel() > 1),
+        Temperatures(
+            temperatures_TN.data_ptr(), len(temperatures_TN) > 1, temperatures_TN.shape[1]
+        ),
     )
 
 
@@ -147,19 +149,20 @@ class EmulatedOperators:
         self,
         logits_SBV: Tensor,
         ids_TK: Tensor,
-        temperature_T: Tensor,
+        temperatures_TN: Tensor,
         first_id: int,
         vocab_size: int,
     ) -> tuple[Tensor, Tensor]:
         rows, count = ids_TK.shape
-        max_T, sums_T = torch.empty(rows), torch.empty(rows, 1 + count)
-        partial_TP2 = torch.empty(rows, self.parts, 2)
+        each = temperatures_TN.shape[1]
+        max_T, sums_T = torch.empty(rows), torch.empty(rows, each + count)
+        partial = torch.empty(rows, self.parts, 1 + each)
         arguments = ForwardArguments(
             logits_SBV.data_ptr(),
             RowLayout.of(logits_SBV),
-            *_problem(logits_SBV, ids_TK, temperature_T, first_id, vocab_size),
+            *_problem(logits_SBV, ids_TK, temperatures_TN, first_id, vocab_size),
             self.parts,
-            partial_TP2.data_ptr(),
+            partial.data_ptr(),
             max_T.data_ptr(),
             sums_T.data_ptr(),
         )
@@ -201,7 +204,7 @@ class EmulatedOperators:
         logits_SBV: Tensor,
         grad_SBV: Tensor,
         ids_TK: Tensor,
-        temperature_T: Tensor,
+        temperatures_TN: Tensor,
         max_T: Tensor,
         sums_T: Tensor,
         grad_logq_TK: Tensor,
@@ -214,7 +217,7 @@ class EmulatedOperators:
             RowLayout.of(logits_SBV),
             grad_SBV.data_ptr(),
             RowLayout.of(grad_SBV),
-            *_problem(logits_SBV, ids_TK, temperature_T, first_id, vocab_size),
+            *_problem(logits_SBV, ids_TK, temperatures_TN, first_id, vocab_size),
             self.parts,
             *(x.data_ptr() for x in (max_T, sums_T, grad_logq_TK, grad_lse_T)),
         )

@@ -14,20 +14,32 @@ using megatron_pd::LogitType;
 // Fewer than on a GPU: a row then takes a thread through all its loops at sizes quick to emulate.
 constexpr int kThreads = 64;
 
-template <class Logit>
-void forward(const ForwardArguments& in, unsigned rows, bool reversed) {
+template <class Logit, int kEach>
+void forward_of(const ForwardArguments& in, unsigned rows, bool reversed) {
   const auto parts = static_cast<unsigned>(in.parts);
   emulator::launch({rows, parts}, kThreads, reversed,
-                   [&] { megatron_pd::forward_kernel<Logit, kThreads>(in); });
+                   [&] { megatron_pd::forward_kernel<Logit, kThreads, kEach>(in); });
   emulator::launch({rows, 1}, kThreads, reversed,
-                   [&] { megatron_pd::finish_kernel<Logit, kThreads>(in); });
+                   [&] { megatron_pd::finish_kernel<Logit, kThreads, kEach>(in); });
+}
+
+template <class Logit, int kEach>
+void backward_of(const BackwardArguments& in, unsigned rows, bool reversed) {
+  const auto parts = static_cast<unsigned>(in.parts);
+  emulator::launch({rows, parts}, kThreads, reversed,
+                   [&] { megatron_pd::backward_kernel<Logit, kThreads, kEach>(in); });
+}
+
+template <class Logit>
+void forward(const ForwardArguments& in, unsigned rows, bool reversed) {
+  in.temperatures.count == 1 ? forward_of<Logit, 1>(in, rows, reversed)
+                             : forward_of<Logit, 2>(in, rows, reversed);
 }
 
 template <class Logit>
 void backward(const BackwardArguments& in, unsigned rows, bool reversed) {
-  const auto parts = static_cast<unsigned>(in.parts);
-  emulator::launch({rows, parts}, kThreads, reversed,
-                   [&] { megatron_pd::backward_kernel<Logit, kThreads>(in); });
+  in.temperatures.count == 1 ? backward_of<Logit, 1>(in, rows, reversed)
+                             : backward_of<Logit, 2>(in, rows, reversed);
 }
 
 }  // namespace

@@ -69,10 +69,10 @@ def operator_loss(
     logq_TK: Tensor,
     label_logq_T: Tensor,
     labels_T: Tensor,
-    tempered_logq_TK: Tensor | None = None,
+    *tempered: Tensor,
 ) -> Tensor:
     """The fused operator itself, without what decides whether it is called."""
-    assert tempered_logq_TK is None
+    assert not tempered
     return row_divergence(
         logq_TK,
         label_logq_T,
@@ -100,15 +100,13 @@ def loss_from_logits(
         logq_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
         return torch.where(teacher.mask, logq_TV.gather(-1, teacher.ids.long().clamp(min=0)), 0.0)
 
-    label_logq_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, labels_T.unsqueeze(-1))
-    return loss_of(
-        config,
-        teacher,
-        at_ids(1.0),
-        label_logq_T.squeeze(-1),
-        labels_T,
-        at_ids(config.student_temperature) if config.needs_tempered_student else None,
-    )
+    def at_labels(temperature: float) -> Tensor:
+        logq_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
+        return logq_TV.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1)
+
+    tau = config.student_temperature
+    tempered = (at_ids(tau), at_labels(tau)) if config.needs_tempered_student else ()
+    return loss_of(config, teacher, at_ids(1.0), at_labels(1.0), labels_T, *tempered)
 
 
 def value_and_gradient(

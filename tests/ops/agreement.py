@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_pd.ops import sparse_log_softmax, sparse_log_softmax_reference
+from megatron_pd.ops import sparse_log_softmax_reference, sparse_log_softmaxes
 
 FLOAT32_ERROR = 1e-6
 DEVICE = os.environ.get("MEGATRON_PD_TEST_DEVICE", "cpu")
@@ -24,45 +24,67 @@ DTYPES = [torch.float64] * (not ON_GPU) + [torch.float32, torch.bfloat16, torch.
 
 @dataclass(repr=False)
 class Case:
-    """Inputs of one call, and random gradients for its two outputs."""
+    """Inputs of one call, and random gradients for its two outputs.
+
+    With a second temperature both outputs have an axis more, in front.
+    """
 
     logits: Tensor
     ids: Tensor
     temperature: float | Tensor = 1.0
+    second_temperature: float | Tensor | None = None
     vocab_size: int | None = None
     grad_logq: Tensor | None = None
     grad_lse: Tensor | None = None
 
     def __post_init__(self) -> None:
+        both = () if self.second_temperature is None else (2,)
         if self.grad_logq is None:
-            self.grad_logq = torch.randn(self.ids.shape)
+            self.grad_logq = torch.randn((*both, *self.ids.shape))
         if self.grad_lse is None:
-            self.grad_lse = torch.randn(self.ids.shape[:-1])
+            self.grad_lse = torch.randn((*both, *self.ids.shape[:-1]))
+
+    @property
+    def temperatures(self) -> list[float | Tensor]:
+        second = self.second_temperature
+        return [self.temperature] if second is None else [self.temperature, second]
+
+    def stacked(self, outputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """logq and lse, with the axis more where there are two of each."""
+        logq, lse = (torch.stack(parts) for parts in zip(*outputs, strict=True))
+        return (logq[0], lse[0]) if self.second_temperature is None else (logq, lse)
 
     def gradient_scale(self) -> Tensor:
         """Per row, what the terms of its gradients add up to in size: they may cancel."""
         sizes = self.grad_logq.abs().sum(-1) + self.grad_lse.abs()
-        return (sizes / self.temperature).unsqueeze(-1).double()
+        sizes = sizes.unsqueeze(0) if self.second_temperature is None else sizes
+        scales = zip(sizes, self.temperatures, strict=True)
+        return sum(size / temperature for size, temperature in scales).unsqueeze(-1).double()
 
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
         """logq, lse and the logits' gradient in float64."""
         logits = self.logits.detach().double().requires_grad_()
-        logq, lse = sparse_log_softmax_reference(
-            logits, self.ids, self.temperature, self.vocab_size
+        logq, lse = self.stacked(
+            [
+                sparse_log_softmax_reference(logits, self.ids, temperature, self.vocab_size)
+                for temperature in self.temperatures
+            ]
         )
         torch.autograd.backward([logq, lse], [self.grad_logq.double(), self.grad_lse.double()])
         return logq.detach(), lse.detach(), logits.grad
 
-    def result(self, **options) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from sparse_log_softmax; `options` are passed on to it."""
-        logits = self.logits.detach().requires_grad_()
-        logq, lse = sparse_log_softmax(
-            logits,
-            self.ids,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-            **options,
+    def outputs(self, logits: Tensor, **options) -> tuple[Tensor, Tensor]:
+        """logq and lse of `logits` from sparse_log_softmaxes; `options` are passed on to it."""
+        return self.stacked(
+            sparse_log_softmaxes(
+                logits, self.ids, self.temperatures, vocab_size=self.vocab_size, **options
+            )
         )
+
+    def result(self, **options) -> tuple[Tensor, Tensor, Tensor]:
+        """As `reference`."""
+        logits = self.logits.detach().requires_grad_()
+        logq, lse = self.outputs(logits, **options)
         torch.autograd.backward(
             [logq, lse], [self.grad_logq.to(logq.dtype), self.grad_lse.to(lse.dtype)]
         )
@@ -121,5 +143,9 @@ def cases(draw: st.DrawFn, dtypes: list[torch.dtype]) -> tuple[Case, bool]:
         temperature = torch.rand(leading) + 0.5
     elif temperature == "per position":
         temperature = torch.rand(leading[-1:]) + 0.5
+    second = draw(st.sampled_from([None, 1.0, 3.0, "per row"]), label="second τ")
+    if second == "per row":
+        second = torch.rand(leading) + 0.5
     logits = (torch.randn(*leading, columns) * scale).to(dtype)
-    return Case(logits, ids, temperature, vocab_size), draw(st.booleans(), label="in place")
+    case = Case(logits, ids, temperature, second, vocab_size)
+    return case, draw(st.booleans(), label="in place")

@@ -10,17 +10,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_pd.megatron import cpu
-from megatron_pd.ops import sparse_log_softmax
+from megatron_pd.ops import sparse_log_softmax, sparse_log_softmaxes
 from megatron_pd.ops.library import has_cuda_kernels, operators
 
 # The module, whose name in the package is taken by its function.
 MODULE = sys.modules["megatron_pd.ops.sparse_log_softmax"]
 
 ARGUMENTS = {
-    "[s, b, V], one temperature": ((3, 2, 40), 4, 1),
-    "one temperature per row": ((1, 5, 33), 3, 5),
-    "no ids": ((2, 2, 8), 0, 1),
-    "no rows": ((0, 2, 8), 2, 1),
+    "[s, b, V], one temperature": ((3, 2, 40), 4, (1, 1)),
+    "one temperature per row": ((1, 5, 33), 3, (5, 1)),
+    "two temperatures": ((3, 2, 40), 4, (1, 2)),
+    "two temperatures per row": ((1, 5, 33), 3, (5, 2)),
+    "no ids": ((2, 2, 8), 0, (1, 1)),
+    "no rows": ((0, 2, 8), 2, (1, 1)),
 }
 
 
@@ -33,7 +35,8 @@ def forward_arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple:
 def backward_arguments(name: str) -> tuple:
     logits, ids, temperature, first_id, vocab_size = forward_arguments(name)
     statistics = operators.sparse_log_softmax_forward(*forward_arguments(name))
-    gradients = torch.randn(ids.shape), torch.randn(ids.shape[0])
+    each = temperature.shape[1]
+    gradients = torch.randn(len(ids), each, ids.shape[1]), torch.randn(len(ids), each)
     return logits, ids, temperature, *statistics, *gradients, first_id, vocab_size
 
 
@@ -83,6 +86,12 @@ def test_torch_export_traces_through() -> None:
     assert any("megatron_pd.sparse_log_softmax_forward" in target for target in targets)
     logits, ids = torch.randn(9, 40), torch.randint(0, 40, (9, 5))
     torch.testing.assert_close(program.module()(logits, ids), Loss()(logits, ids))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_there_are_one_or_two_temperatures(count: int) -> None:
+    with pytest.raises(ValueError, match=f"There are {count} temperatures; expected 1 to 2"):
+        sparse_log_softmaxes(torch.zeros(2, 9), torch.zeros(2, 1, dtype=torch.int), [1.0] * count)
 
 
 def test_second_derivative_is_refused() -> None:

@@ -26,14 +26,7 @@ def assert_shards_agree(case: Case, group: dist.ProcessGroup, inplace_backward: 
     columns = case.logits.shape[-1] // group.size()
     shard = slice(group.rank() * columns, (group.rank() + 1) * columns)
     logits = case.logits[..., shard].clone().requires_grad_()
-    logq, lse = sparse_log_softmax(
-        logits,
-        case.ids,
-        temperature=case.temperature,
-        vocab_size=case.vocab_size,
-        tp_group=group,
-        inplace_backward=inplace_backward,
-    )
+    logq, lse = case.outputs(logits, tp_group=group, inplace_backward=inplace_backward)
     assert_values(logq.detach(), logq_ref)
     assert_values(lse.detach(), lse_ref)
     (grad,) = torch.autograd.grad(
@@ -45,6 +38,11 @@ def assert_shards_agree(case: Case, group: dist.ProcessGroup, inplace_backward: 
 def plain(columns: int, dtype: torch.dtype) -> Case:
     logits = (torch.randn(3, 2, columns) * 5).to(dtype)
     return Case(logits, torch.randint(-1, columns, (3, 2, 9)), torch.rand(3, 2) + 0.5)
+
+
+def two_temperatures(dtype: torch.dtype) -> Case:
+    logits = (torch.randn(3, 2, 4 * 1001) * 5).to(dtype)
+    return Case(logits, torch.randint(-1, 4 * 1001, (3, 2, 9)), 1.0, torch.rand(3, 2) + 1.5)
 
 
 def all_ids_on_the_last_rank() -> Case:
@@ -66,7 +64,7 @@ def a_shard_of_minus_infinity() -> Case:
     """One rank's maximum is −inf and its sum 0; the ids avoid it, as log 0 isn't a number."""
     logits = torch.randn(4, 64)
     logits[:, 16:32] = -torch.inf
-    return Case(logits, torch.randint(32, 64, (4, 5)))
+    return Case(logits, torch.randint(32, 64, (4, 5)), 1.0, 2.0)
 
 
 def shards_of_very_different_size() -> Case:
@@ -96,6 +94,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "float32": lambda: plain(4 * 1001, torch.float32),
     "bfloat16": lambda: plain(4 * 1001, torch.bfloat16),
     "float16": lambda: plain(4 * 33, torch.float16),
+    "two temperatures, float32": lambda: two_temperatures(torch.float32),
+    "two temperatures, bfloat16": lambda: two_temperatures(torch.bfloat16),
+    "two temperatures, float16": lambda: two_temperatures(torch.float16),
 } | {
     case.__name__.replace("_", " "): case
     for case in (

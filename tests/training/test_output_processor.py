@@ -69,27 +69,30 @@ def random_case() -> tuple[Tensor, Tensor, Tensor, TeacherTargets]:
 
 
 def dense_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherTargets, tau: float
+    config: PDConfig, hidden: Tensor, weight: Tensor, labels: Tensor, teacher: TeacherTargets
 ) -> tuple[Tensor, Tensor]:
     """Eq. 2 to 4 over the whole vocabulary, one token after another; all [B, S]."""
     lm, kd = [], []
     for b in range(B):
         for s in range(S):
-            logq = torch.log_softmax(hidden[s, b] @ weight.T, dim=-1)
-            lm.append(-logq[labels[b, s]])
+            logits = hidden[s, b] @ weight.T
+            lm.append(-torch.log_softmax(logits, dim=-1)[labels[b, s]])
             n = int(teacher.counts[b, s])
             ids = teacher.ids[b, s, :n].long()
-            logt = torch.log_softmax(teacher.logprobs[b, s, :n].double() / tau, dim=-1)
-            kd.append((logt.exp() * (logt - logq[ids])).sum())
+            stored = teacher.logprobs[b, s, :n].double()
+            logt = torch.log_softmax(stored / config.temperature, dim=-1)
+            logq = torch.log_softmax(logits / config.student_temperature, dim=-1)[ids]
+            kd.append((logt.exp() * (logt - logq)).sum())
     return torch.stack(lm).view(B, S), torch.stack(kd).view(B, S)
 
 
 def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel: bool) -> None:
+    config = PDConfig(temperature=2.0, student_temperature=1.5, loss_chunk_tokens=chunk_tokens)
     hidden, weight, labels, teacher = random_case()
     weight_of_token = torch.rand(B, S)
     reference_hidden = hidden.double().requires_grad_()
     reference_weight = weight.double().requires_grad_()
-    lm, kd = dense_losses(reference_hidden, reference_weight, labels, teacher, tau=2.0)
+    lm, kd = dense_losses(config, reference_hidden, reference_weight, labels, teacher)
     (mix(ALPHA, lm, kd, teacher.counts) * weight_of_token).sum().backward()
 
     rows = slice(group.rank() * V // group.size(), (group.rank() + 1) * V // group.size())
@@ -104,12 +107,7 @@ def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel:
         output_layer=column_parallel_layer(own_weight, group, sequence_parallel),
         output_weight=own_weight,
         labels=labels,
-        context=DistillationContext(
-            PDConfig(temperature=2.0, loss_chunk_tokens=chunk_tokens),
-            teacher,
-            group,
-            sequence_parallel,
-        ),
+        context=DistillationContext(config, teacher, group, sequence_parallel),
         scale_logits=lambda logits: logits,
         runtime_gather_output=None,
     )

@@ -283,10 +283,11 @@ def operators_ms(problem: Problem, clock: Clock, repeats: int) -> tuple[float, f
     logits_SBV = problem.logits_SBV.copy_(problem.pristine_SBV)
     labels_SB1 = problem.labels_SB.unsqueeze(-1).int()
     ids_TK = torch.cat([labels_SB1, problem.teacher_SBK.ids], dim=-1).flatten(0, 1)
-    shared = ids_TK, torch.ones(1, device=logits_SBV.device)
+    shared = ids_TK, torch.ones(1, 1, device=logits_SBV.device)
     shard = 0, logits_SBV.shape[-1]
     statistics = operators.sparse_log_softmax_forward(logits_SBV, *shared, *shard)
-    gradients = torch.rand_like(ids_TK, dtype=torch.float32), statistics[0].new_zeros(len(ids_TK))
+    grad_logq_TNK = torch.rand_like(ids_TK, dtype=torch.float32).unsqueeze(1)
+    gradients = grad_logq_TNK, statistics[0].new_zeros(len(ids_TK), 1)
     forward = lambda: operators.sparse_log_softmax_forward(logits_SBV, *shared, *shard)
     backward = lambda: operators.sparse_log_softmax_backward_(
         logits_SBV, *shared, *statistics, *gradients, *shard

@@ -54,13 +54,13 @@ struct RowLoops {
   using Accumulator = float;
   RowKernels kernels = best_row_kernels(LogitTypeOf<Logit>::value);
 
-  void statistics(const Logit* logits, int64_t count, float temperature, float* max,
-                  double* sum) const {
-    kernels.statistics(logits, count, temperature, max, sum);
+  void statistics(const Logit* logits, int64_t count, const float* temperatures, int64_t each,
+                  float* max, double* sums) const {
+    kernels.statistics(logits, count, temperatures, each, max, sums);
   }
-  void gradient(const Logit* logits, Logit* out, int64_t count, float temperature, float max,
-                float coefficient) const {
-    kernels.gradient(logits, out, count, temperature, max, coefficient);
+  void gradient(const Logit* logits, Logit* out, int64_t count, float max,
+                const DenseTerm<float>* terms, int64_t each) const {
+    kernels.gradient(logits, out, count, max, terms, each);
   }
   void maxima(const Logit* logits, int64_t count, int64_t group, float* out) const {
     kernels.maxima(logits, count, group, out);
@@ -79,18 +79,25 @@ template <>
 struct RowLoops<double> {
   using Accumulator = double;
 
-  void statistics(const double* logits, int64_t count, double temperature, double* max,
-                  double* sum) const {
+  void statistics(const double* logits, int64_t count, const double* temperatures, int64_t each,
+                  double* max, double* sums) const {
     *max = -std::numeric_limits<double>::infinity();
-    *sum = 0.0;
     for (int64_t v = 0; v < count; ++v) *max = logits[v] > *max ? logits[v] : *max;
     const double shift = std::isinf(*max) && *max < 0 ? 0.0 : *max;
-    for (int64_t v = 0; v < count; ++v) *sum += std::exp((logits[v] - shift) / temperature);
+    for (int64_t n = 0; n < each; ++n) {
+      sums[n] = 0.0;
+      for (int64_t v = 0; v < count; ++v)
+        sums[n] += std::exp((logits[v] - shift) / temperatures[n]);
+    }
   }
-  void gradient(const double* logits, double* out, int64_t count, double temperature, double max,
-                double coefficient) const {
-    for (int64_t v = 0; v < count; ++v)
-      out[v] = -coefficient * std::exp((logits[v] - max) / temperature);
+  void gradient(const double* logits, double* out, int64_t count, double max,
+                const DenseTerm<double>* terms, int64_t each) const {
+    for (int64_t v = 0; v < count; ++v) {
+      double sum = 0.0;
+      for (int64_t n = 0; n < each; ++n)
+        sum -= terms[n].coefficient * std::exp((logits[v] - max) / terms[n].temperature);
+      out[v] = sum;
+    }
   }
   void maxima(const double* logits, int64_t count, int64_t group, double* out) const {
     for (int64_t start = 0; start < count; start += group) {

@@ -7,14 +7,21 @@
 
 namespace megatron_pd {
 
-// Largest logit and Σ exp((z − max)/temperature) of `count` logits, read once.
-// A row without finite logits gives (−inf, 0); a NaN anywhere makes the sum NaN.
-using RowStatistics = void (*)(const void* logits, int64_t count, float temperature, float* max,
-                               double* sum);
+// Largest logit and Σ exp((z − max)/temperature) for each of `each` temperatures, of `count`
+// logits that are read once. A row without finite logits gives (−inf, 0); a NaN anywhere makes the
+// sums NaN.
+using RowStatistics = void (*)(const void* logits, int64_t count, const float* temperatures,
+                               int64_t each, float* max, double* sums);
 
-// gradient[v] = −coefficient · exp((z[v] − max)/temperature); `gradient` may be `logits`.
-using RowGradient = void (*)(const void* logits, void* gradient, int64_t count, float temperature,
-                             float max, float coefficient);
+// −coefficient · exp((z − max)/temperature): the gradient through one log-sum-exp.
+template <class Number>
+struct DenseTerm {
+  Number temperature, coefficient;
+};
+
+// gradient[v] = the sum of `each` such terms, one or two; `gradient` may be `logits`.
+using RowGradient = void (*)(const void* logits, void* gradient, int64_t count, float max,
+                             const DenseTerm<float>* terms, int64_t each);
 
 // Groups of logits are of a multiple of so many.
 constexpr int64_t kGroupUnit = 32;

@@ -222,44 +222,66 @@ MEGATRON_PD_INLINE double block_sum(const typename Type::Storage* logits, int64_
 }
 
 template <class Type>
-void statistics(const void* row, int64_t count, float temperature, float* row_max,
-                double* row_sum) {
+void statistics(const void* row, int64_t count, const float* temperatures, int64_t each,
+                float* row_max, double* sums) {
   const auto* logits = static_cast<const typename Type::Storage*>(row);
   float max = -__builtin_inff();
-  double sum = 0.0;
+  for (int64_t n = 0; n < each; ++n) sums[n] = 0.0;
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t length = count - start < kBlock ? count - start : kBlock;
     const float raised = block_max<Type>(logits + start, length);
     if (raised > max) {
       // Online softmax: what was summed so far is relative to the old maximum. Nothing but zeros
       // (or a NaN, which must stay) was summed while that was −inf.
-      if (max != -__builtin_inff()) sum *= __builtin_exp((double(max) - raised) / temperature);
+      for (int64_t n = 0; n < each && max != -__builtin_inff(); ++n)
+        sums[n] *= __builtin_exp((double(max) - raised) / temperatures[n]);
       max = raised;
     }
-    sum += block_sum<Type>(logits + start, length, Exponential(max, temperature));
+    for (int64_t n = 0; n < each; ++n)
+      sums[n] += block_sum<Type>(logits + start, length, Exponential(max, temperatures[n]));
   }
   *row_max = max;
-  *row_sum = sum;
 }
 
-template <class Type>
-void gradient(const void* row, void* out, int64_t count, float temperature, float max,
-              float coefficient) {
+struct OneTerm {
+  Exponential exponential;
+  float factor;
+
+  MEGATRON_PD_INLINE OneTerm(float max, DenseTerm<float> term)
+      : exponential(max, term.temperature), factor(-term.coefficient) {}
+  MEGATRON_PD_INLINE Floats operator()(Floats z) const { return exponential(z) * factor; }
+};
+
+struct TwoTerms {
+  OneTerm first, second;
+
+  MEGATRON_PD_INLINE Floats operator()(Floats z) const { return first(z) + second(z); }
+};
+
+template <class Type, class Terms>
+MEGATRON_PD_INLINE void map_row(const void* row, void* out, int64_t count, Terms terms) {
   const auto* logits = static_cast<const typename Type::Storage*>(row);
   auto* gradients = static_cast<typename Type::Storage*>(out);
-  const Exponential exponential(max, temperature);
-  const float factor = -coefficient;
   int64_t i = 0;
   for (; i + kUnit <= count; i += kUnit) {
     const Pair z = Type::load(logits + i);
-    Type::store({exponential(z.first) * factor, exponential(z.second) * factor}, gradients + i);
+    Type::store({terms(z.first), terms(z.second)}, gradients + i);
   }
   if (i < count) {
     Tail<Type> tail(logits + i, count - i);
     const Pair z = Type::load(tail.values);
-    Type::store({exponential(z.first) * factor, exponential(z.second) * factor}, tail.values);
+    Type::store({terms(z.first), terms(z.second)}, tail.values);
     std::memcpy(gradients + i, tail.values, (count - i) * sizeof tail.values[0]);
   }
+}
+
+template <class Type>
+void gradient(const void* row, void* out, int64_t count, float max, const DenseTerm<float>* terms,
+              int64_t each) {
+  if (each == 1)
+    map_row<Type>(row, out, count, OneTerm(max, terms[0]));
+  else
+    map_row<Type>(row, out, count, TwoTerms{OneTerm(max, terms[0]), OneTerm(max, terms[1])});
 }
 
 template <class Type>

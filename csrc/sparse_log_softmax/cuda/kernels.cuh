@@ -1,8 +1,9 @@
 // The CUDA kernels. A row is cut into `parts`, one block each: one part where the rows alone fill
 // the GPU, several where they are few.
 //
-//   forward   each thread keeps the maximum and Σ exp of what it reads (online softmax), 16 bytes a
-//             load and four loads under way; the block merges them into its part's two numbers.
+//   forward   each thread keeps the maximum and Σ exp of what it reads (online softmax), for one
+//             temperature or for two, 16 bytes a load and four loads under way; the block merges
+//             them into its part's two or three numbers.
 //   finish    one small block per row merges the parts and gathers the K logits.
 //   backward  the block sums the row's gradients, writes −coefficient·exp(z − max) over its part,
 //   and
@@ -47,74 +48,104 @@ struct Part {
 // --- online softmax
 // -------------------------------------------------------------------------------
 
-// Σ exp((z − max)/τ) of the logits seen so far. A NaN doesn't enter the maximum but makes the sum
-// NaN.
+// log2(e)/τ of a row's kEach temperatures.
+template <int kEach>
+struct Scales {
+  float of[kEach];
+
+  __device__ __forceinline__ Scales(const Temperatures& temperatures, int64_t row) {
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) of[n] = kLog2E / temperatures.at(row, n);
+  }
+};
+
+// Σ exp((z − max)/τ) of the logits seen so far, for each temperature. A NaN doesn't enter the
+// maximum but makes the sums NaN.
+template <int kEach>
 struct Running {
   float max = -MEGATRON_PD_INFINITY;
-  float sum = 0.0f;
+  float sum[kEach] = {};
 
   // What to subtract: nothing while only −inf was seen, as −inf − −inf isn't a number.
   __device__ __forceinline__ float shift() const {
     return max == -MEGATRON_PD_INFINITY ? 0.0f : max;
   }
 
-  __device__ __forceinline__ void raise(float to, float scale) {
+  __device__ __forceinline__ void raise(float to, const Scales<kEach>& scales) {
     if (to <= max) return;
-    if (max != -MEGATRON_PD_INFINITY) sum *= exp_scaled(max - to, scale);
+    if (max != -MEGATRON_PD_INFINITY) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) sum[n] *= exp_scaled(max - to, scales.of[n]);
+    }
     max = to;
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(const float (&z)[kCount], float scale) {
+  __device__ __forceinline__ void add(const float (&z)[kCount], const Scales<kEach>& scales) {
     float largest = z[0];
 #pragma unroll
     for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, z[i]);
-    if (largest > max) raise(largest, scale);  // false for NaN
+    if (largest > max) raise(largest, scales);  // false for NaN
     const float subtract = shift();
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += exp_scaled(z[i] - subtract, scale);
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) sum[n] += exp_scaled(z[i] - subtract, scales.of[n]);
+    }
   }
 
-  __device__ __forceinline__ void merge(float other_max, float other_sum, float scale) {
-    const float larger = fmaxf(max, other_max);
-    raise(larger, scale);
-    const bool rescale = other_max != -MEGATRON_PD_INFINITY && other_max != larger;
-    sum += rescale ? other_sum * exp_scaled(other_max - larger, scale) : other_sum;
+  __device__ __forceinline__ void merge(const Running& other, const Scales<kEach>& scales) {
+    const float larger = fmaxf(max, other.max);
+    raise(larger, scales);
+    const bool rescale = other.max != -MEGATRON_PD_INFINITY && other.max != larger;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) {
+      const float factor = rescale ? exp_scaled(other.max - larger, scales.of[n]) : 1.0f;
+      sum[n] += other.sum[n] * factor;
+    }
   }
 };
 
 // The same in all threads of the block.
-template <int kThreads>
-__device__ __forceinline__ Running merge_over_block(Running own, float scale) {
+template <int kThreads, int kEach>
+__device__ __forceinline__ Running<kEach> merge_over_block(Running<kEach> own,
+                                                           const Scales<kEach>& scales) {
   __shared__ float warp_max[kThreads / kWarpSize];
-  __shared__ float warp_sum[kThreads / kWarpSize];
+  __shared__ float warp_sum[kThreads / kWarpSize][kEach];
+  Running<kEach> other;
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const float other_max = __shfl_xor_sync(kAllLanes, own.max, distance);
-    const float other_sum = __shfl_xor_sync(kAllLanes, own.sum, distance);
-    own.merge(other_max, other_sum, scale);
+    other.max = __shfl_xor_sync(kAllLanes, own.max, distance);
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) other.sum[n] = __shfl_xor_sync(kAllLanes, own.sum[n], distance);
+    own.merge(other, scales);
   }
   if (threadIdx.x % kWarpSize == 0) {
     warp_max[threadIdx.x / kWarpSize] = own.max;
-    warp_sum[threadIdx.x / kWarpSize] = own.sum;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) warp_sum[threadIdx.x / kWarpSize][n] = own.sum[n];
   }
   __syncthreads();
-  Running all;
-  for (int warp = 0; warp < kThreads / kWarpSize; ++warp)
-    all.merge(warp_max[warp], warp_sum[warp], scale);
+  Running<kEach> all;
+  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) {
+    other.max = warp_max[warp];
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) other.sum[n] = warp_sum[warp][n];
+    all.merge(other, scales);
+  }
   return all;
 }
 
-template <class Logit, int kThreads>
-__device__ __forceinline__ Running read_row(const typename Logit::Storage* z, int64_t count,
-                                            float scale) {
+template <class Logit, int kThreads, int kEach>
+__device__ __forceinline__ Running<kEach> read_row(const typename Logit::Storage* z, int64_t count,
+                                                   const Scales<kEach>& scales) {
   using Row = Vector<Logit>;
   constexpr int kSize = Row::kSize;
   const Split<Logit> split(z, count);
-  Running running;
+  Running<kEach> running;
 
   const auto add_one = [&](int64_t index) {
     const float one[1] = {Logit::widen(z[index])};
-    running.add(one, scale);
+    running.add(one, scales);
   };
   for (int64_t i = threadIdx.x; i < split.head; i += kThreads) add_one(i);
   for (int64_t i = split.tail + threadIdx.x; i < count; i += kThreads) add_one(i);
@@ -131,71 +162,89 @@ __device__ __forceinline__ Running read_row(const typename Logit::Storage* z, in
 #pragma unroll
       for (int k = 0; k < kSize; ++k) wide[b * kSize + k] = Logit::widen(rows[b].values[k]);
     }
-    running.add(wide, scale);
+    running.add(wide, scales);
   }
   for (; i < split.vectors; i += kThreads) {
     const Row row = Row::load(body + i * kSize);
     float wide[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) wide[k] = Logit::widen(row.values[k]);
-    running.add(wide, scale);
+    running.add(wide, scales);
   }
   return running;
 }
 
 // Grid [T, parts].
-template <class Logit, int kThreads>
+template <class Logit, int kThreads, int kEach>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     forward_kernel(ForwardArguments in) {
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
-  const float scale = kLog2E / in.temperatures.at(row);
+  const Scales<kEach> scales(in.temperatures, row);
   const Part part(in.shard.live, blockIdx.y, in.parts);
-  const Running own = read_row<Logit, kThreads>(z + part.begin, part.end - part.begin, scale);
-  const Running all = merge_over_block<kThreads>(own, scale);
+  const auto own = read_row<Logit, kThreads>(z + part.begin, part.end - part.begin, scales);
+  const auto all = merge_over_block<kThreads>(own, scales);
   if (threadIdx.x == 0) {
-    float* partial = in.partial + 2 * (row * in.parts + blockIdx.y);
+    float* partial = in.partial + (1 + kEach) * (row * in.parts + blockIdx.y);
     partial[0] = all.max;
-    partial[1] = all.sum;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) partial[1 + n] = all.sum[n];
   }
 }
 
 // Grid [T].
-template <class Logit, int kThreads>
+template <class Logit, int kThreads, int kEach>
 __global__ void __launch_bounds__(kThreads) finish_kernel(ForwardArguments in) {
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const typename Logit::Storage*>(in.logits) + in.layout.offset(row);
-  float* sums = in.sums + row * (1 + in.ids.count);
+  float* sums = in.sums + row * (kEach + in.ids.count);
   if (threadIdx.x == 0) {
-    const float scale = kLog2E / in.temperatures.at(row);
-    const float* partial = in.partial + 2 * row * in.parts;
-    Running all;
-    for (int64_t part = 0; part < in.parts; ++part)
-      all.merge(partial[2 * part], partial[2 * part + 1], scale);
+    const Scales<kEach> scales(in.temperatures, row);
+    const float* partial = in.partial + (1 + kEach) * row * in.parts;
+    Running<kEach> all, other;
+    for (int64_t part = 0; part < in.parts; ++part, partial += 1 + kEach) {
+      other.max = partial[0];
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) other.sum[n] = partial[1 + n];
+      all.merge(other, scales);
+    }
     in.max[row] = all.max;
-    sums[0] = all.sum;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) sums[n] = all.sum[n];
   }
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
     const int64_t id = in.ids.at(row, j);
     const int64_t column = in.shard.place(id);
     float picked = column < 0 ? 0.0f : Logit::widen(z[column]);
     if (id != kPaddingId && !in.shard.is_known(id)) picked = __builtin_nanf("");
-    sums[1 + j] = picked;
+    sums[kEach + j] = picked;
   }
 }
 
 // --- backward
 // -------------------------------------------------------------------------------------
 
-template <int kThreads>
-__device__ __forceinline__ float sum_over_block(float own) {
-  __shared__ float warp_sum[kThreads / kWarpSize];
-  own = sum_over_warp(own);
-  if (threadIdx.x % kWarpSize == 0) warp_sum[threadIdx.x / kWarpSize] = own;
+// Of the softmax at each temperature, in a row's gradient.
+template <int kEach>
+struct Coefficients {
+  float of[kEach];
+};
+
+// Each value summed over the block, in place.
+template <int kThreads, int kEach>
+__device__ __forceinline__ void sum_over_block(float (&values)[kEach]) {
+  __shared__ float warp_sum[kThreads / kWarpSize][kEach];
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    values[n] = sum_over_warp(values[n]);
+    if (threadIdx.x % kWarpSize == 0) warp_sum[threadIdx.x / kWarpSize][n] = values[n];
+  }
   __syncthreads();
-  float all = 0.0f;
-  for (int warp = 0; warp < kThreads / kWarpSize; ++warp) all += warp_sum[warp];
-  return all;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    values[n] = 0.0f;
+    for (int warp = 0; warp < kThreads / kWarpSize; ++warp) values[n] += warp_sum[warp][n];
+  }
 }
 
 // out[i] = function(z[i]) for the block's row, in vectors where both rows can be read as such.
@@ -250,48 +299,62 @@ __device__ __forceinline__ void clear_row(typename Logit::Storage* out, int64_t 
     zeros.store(out + split.head + i * Row::kSize);
 }
 
-// Sum of the gradients on `ids[j]`, and whether j is the first column that has this id. All threads
-// go through the row together and without a branch, so that loads are shared by the warp and
-// overlap.
+// Sums of the gradients on `ids[j]`, and whether j is the first column that has this id. All
+// threads go through the row together and without a branch, so that loads are shared by the warp
+// and overlap.
+template <int kEach>
 struct TotalOfId {
-  float value = 0.0f;
+  float values[kEach] = {};
   bool is_first = true;
 
+  // `grad_logq` is the row's, [kEach, K].
   __device__ __forceinline__ TotalOfId(const Ids& ids, int64_t row, int64_t j,
                                        const float* grad_logq) {
     const int64_t id = ids.at(row, j);
     for (int64_t i = 0; i < ids.count; ++i) {
       const bool same = ids.at(row, i) == id;
-      value += same ? grad_logq[i] : 0.0f;
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) values[n] += same ? grad_logq[n * ids.count + i] : 0.0f;
       is_first = is_first && !(same && i < j);
     }
   }
 };
 
 // Grid [T, parts].
-template <class Logit, int kThreads>
+template <class Logit, int kThreads, int kEach>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     backward_kernel(BackwardArguments in) {
   using Storage = typename Logit::Storage;
   const int64_t row = blockIdx.x;
   const auto* z = static_cast<const Storage*>(in.logits) + in.layout.offset(row);
   auto* out = static_cast<Storage*>(in.gradient) + in.gradient_layout.offset(row);
-  const float* sums = in.sums + row * (1 + in.ids.count);
-  const float* grad_logq = in.grad_logq + row * in.ids.count;
-  const float temperature = in.temperatures.at(row);
-  const float scale = kLog2E / temperature;
+  const float* sums = in.sums + row * (kEach + in.ids.count);
+  const float* grad_logq = in.grad_logq + row * kEach * in.ids.count;
+  const Scales<kEach> scales(in.temperatures, row);
   const float max = in.max[row];
 
-  float own = 0.0f;
+  Coefficients<kEach> coefficients = {};
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
-    if (in.ids.at(row, j) != kPaddingId) own += grad_logq[j];
+    const bool counts = in.ids.at(row, j) != kPaddingId;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n)
+      coefficients.of[n] += counts ? grad_logq[n * in.ids.count + j] : 0.0f;
   }
-  const float mass = sum_over_block<kThreads>(own) - in.grad_lse[row];
+  sum_over_block<kThreads>(coefficients.of);
   // A row without gradient (a masked token) isn't even read, so that what it holds can't matter.
-  const bool dense = mass != 0.0f;
-  const float coefficient = dense ? mass / (sums[0] * temperature) : 0.0f;
+  bool dense = false;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const float mass = coefficients.of[n] - in.grad_lse[row * kEach + n];
+    coefficients.of[n] = mass == 0.0f ? 0.0f : mass / (sums[n] * in.temperatures.at(row, n));
+    dense = dense || mass != 0.0f;
+  }
   const auto dense_gradient = [=](float logit) {
-    return -coefficient * exp_scaled(logit - max, scale);
+    float gradient = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n)
+      gradient -= coefficients.of[n] * exp_scaled(logit - max, scales.of[n]);
+    return gradient;
   };
 
   const Part part(in.shard.size, blockIdx.y, in.parts);
@@ -304,10 +367,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   for (int64_t j = threadIdx.x; j < in.ids.count; j += kThreads) {
     const int64_t column = in.shard.place(in.ids.at(row, j));
     if (column < part.begin || column >= part.end) continue;
-    const TotalOfId total(in.ids, row, j, grad_logq);
+    const TotalOfId<kEach> total(in.ids, row, j, grad_logq);
     if (!total.is_first) continue;
-    const float rest = dense ? dense_gradient(sums[1 + j]) : 0.0f;
-    out[column] = Logit::narrow(total.value / temperature + rest);
+    float gradient = dense ? dense_gradient(sums[kEach + j]) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kEach; ++n) gradient += total.values[n] / in.temperatures.at(row, n);
+    out[column] = Logit::narrow(gradient);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #define MEGATRON_PD_CUDA_STREAM cudaStream_t
 #include "kernels.cuh"
@@ -19,15 +20,23 @@ dim3 grid(int64_t rows, int64_t parts) {
   return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(parts));
 }
 
+// Calls `launch` with the logits' type and the number of temperatures, both as types.
 template <class Launch>
-void for_logit_type(LogitType type, const Launch& launch) {
+void for_problem(LogitType type, int64_t each, const Launch& launch) {
+  static_assert(kMostTemperatures == 2);
+  const auto with = [&](auto logit) {
+    if (each == 1)
+      launch(logit, std::integral_constant<int, 1>());
+    else
+      launch(logit, std::integral_constant<int, 2>());
+  };
   switch (type) {
     case LogitType::kFloat32:
-      return launch(Float32Logit());
+      return with(Float32Logit());
     case LogitType::kBFloat16:
-      return launch(BFloat16Logit());
+      return with(BFloat16Logit());
     case LogitType::kFloat16:
-      return launch(Float16Logit());
+      return with(Float16Logit());
   }
 }
 
@@ -47,18 +56,20 @@ int64_t parts_of_a_row(LogitType type, int64_t rows, int64_t shard_size) {
 
 void launch_forward(LogitType type, const ForwardArguments& arguments, int64_t rows,
                     cudaStream_t stream) {
-  for_logit_type(type, [&](auto logit) {
+  for_problem(type, arguments.temperatures.count, [&](auto logit, auto each) {
     using Logit = decltype(logit);
-    forward_kernel<Logit, kThreads>
+    constexpr int kEach = decltype(each)::value;
+    forward_kernel<Logit, kThreads, kEach>
         <<<grid(rows, arguments.parts), kThreads, 0, stream>>>(arguments);
-    finish_kernel<Logit, kFinishThreads><<<grid(rows, 1), kFinishThreads, 0, stream>>>(arguments);
+    finish_kernel<Logit, kFinishThreads, kEach>
+        <<<grid(rows, 1), kFinishThreads, 0, stream>>>(arguments);
   });
 }
 
 void launch_backward(LogitType type, const BackwardArguments& arguments, int64_t rows,
                      cudaStream_t stream) {
-  for_logit_type(type, [&](auto logit) {
-    backward_kernel<decltype(logit), kThreads>
+  for_problem(type, arguments.temperatures.count, [&](auto logit, auto each) {
+    backward_kernel<decltype(logit), kThreads, decltype(each)::value>
         <<<grid(rows, arguments.parts), kThreads, 0, stream>>>(arguments);
   });
 }

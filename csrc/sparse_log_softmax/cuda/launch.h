@@ -15,9 +15,9 @@ struct ForwardArguments {
   Shard shard;
   Temperatures temperatures;
   int64_t parts;   // blocks per row
-  float* partial;  // [T, parts, 2], scratch: the parts' maximum and Σ exp
+  float* partial;  // [T, parts, 1+N], scratch: the parts' maximum and Σ exp
   float* max;      // [T]
-  float* sums;     // [T, 1+K]
+  float* sums;     // [T, N+K]
 };
 
 struct BackwardArguments {
@@ -30,9 +30,9 @@ struct BackwardArguments {
   Temperatures temperatures;
   int64_t parts;           // blocks per row
   const float* max;        // [T]
-  const float* sums;       // [T, 1+K]
-  const float* grad_logq;  // [T, K]
-  const float* grad_lse;   // [T]
+  const float* sums;       // [T, N+K]
+  const float* grad_logq;  // [T, N, K]
+  const float* grad_lse;   // [T, N]
 };
 
 #ifdef MEGATRON_PD_CUDA_STREAM

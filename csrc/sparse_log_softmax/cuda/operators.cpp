@@ -30,8 +30,8 @@ LogitType logit_type(at::ScalarType type) {
   }
 }
 
-Temperatures temperatures_of(const at::Tensor& temperature) {
-  return {temperature.const_data_ptr<float>(), temperature.numel() > 1};
+Temperatures temperatures_of(const at::Tensor& temperatures) {
+  return {temperatures.const_data_ptr<float>(), temperatures.size(0) > 1, temperatures.size(1)};
 }
 
 // Blocks of a grid's first dimension, which is one block per row.
@@ -41,22 +41,22 @@ void check_rows(int64_t rows) {
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::Tensor& ids,
-                                           const at::Tensor& temperature, int64_t first_id,
+                                           const at::Tensor& temperatures, int64_t first_id,
                                            int64_t vocab_size) {
   const LogitType type = logit_type(logits.scalar_type());
-  check_logits_and_ids(logits, ids, temperature);
+  check_logits_and_ids(logits, ids, temperatures);
   const int64_t rows = ids.size(0);
   check_rows(rows);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto options = logits.options().dtype(at::kFloat);
   at::Tensor max = at::empty({rows}, options);
-  at::Tensor sums = at::empty({rows, 1 + ids.size(1)}, options);
+  at::Tensor sums = at::empty({rows, temperatures.size(1) + ids.size(1)}, options);
   if (rows > 0) {
     const int64_t parts = parts_of_a_row(type, rows, logits.size(2));
-    const at::Tensor partial = at::empty({rows, parts, 2}, options);
+    const at::Tensor partial = at::empty({rows, parts, 1 + temperatures.size(1)}, options);
     launch_forward(type,
                    {logits.const_data_ptr(), row_layout(logits), ids_of(ids),
-                    shard_of(logits, first_id, vocab_size), temperatures_of(temperature), parts,
+                    shard_of(logits, first_id, vocab_size), temperatures_of(temperatures), parts,
                     partial.mutable_data_ptr<float>(), max.mutable_data_ptr<float>(),
                     sums.mutable_data_ptr<float>()},
                    rows, c10::cuda::getCurrentCUDAStream());
@@ -66,12 +66,12 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& logits, const at::T
 }
 
 void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const at::Tensor& ids,
-                   const at::Tensor& temperature, const at::Tensor& max, const at::Tensor& sums,
+                   const at::Tensor& temperatures, const at::Tensor& max, const at::Tensor& sums,
                    const at::Tensor& grad_logq, const at::Tensor& grad_lse, int64_t first_id,
                    int64_t vocab_size) {
   const LogitType type = logit_type(logits.scalar_type());
-  check_logits_and_ids(logits, ids, temperature);
-  check_row_tensors(logits, ids, max, sums, grad_logq, grad_lse);
+  check_logits_and_ids(logits, ids, temperatures);
+  check_row_tensors(logits, ids, temperatures, max, sums, grad_logq, grad_lse);
   const int64_t rows = ids.size(0);
   check_rows(rows);
   if (rows == 0) return;
@@ -79,26 +79,26 @@ void backward_into(const at::Tensor& logits, const at::Tensor& gradient, const a
   launch_backward(type,
                   {logits.const_data_ptr(), row_layout(logits), gradient.mutable_data_ptr(),
                    row_layout(gradient), ids_of(ids), shard_of(logits, first_id, vocab_size),
-                   temperatures_of(temperature), parts_of_a_row(type, rows, logits.size(2)),
+                   temperatures_of(temperatures), parts_of_a_row(type, rows, logits.size(2)),
                    max.const_data_ptr<float>(), sums.const_data_ptr<float>(),
                    grad_logq.const_data_ptr<float>(), grad_lse.const_data_ptr<float>()},
                   rows, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor backward(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature,
+at::Tensor backward(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperatures,
                     const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
                     const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
   at::Tensor gradient = at::empty(logits.sizes(), logits.options());
-  backward_into(logits, gradient, ids, temperature, max, sums, grad_logq, grad_lse, first_id,
+  backward_into(logits, gradient, ids, temperatures, max, sums, grad_logq, grad_lse, first_id,
                 vocab_size);
   return gradient;
 }
 
-void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperature,
+void backward_(const at::Tensor& logits, const at::Tensor& ids, const at::Tensor& temperatures,
                const at::Tensor& max, const at::Tensor& sums, const at::Tensor& grad_logq,
                const at::Tensor& grad_lse, int64_t first_id, int64_t vocab_size) {
-  backward_into(logits, logits, ids, temperature, max, sums, grad_logq, grad_lse, first_id,
+  backward_into(logits, logits, ids, temperatures, max, sums, grad_logq, grad_lse, first_id,
                 vocab_size);
 }
 
