@@ -161,8 +161,9 @@ class PDConfig:
     )
     loss_chunk_tokens: int | None = option(
         None,
-        "Compute the output layer and the losses for so many tokens at a time and again in the "
-        "backward pass, so that the logits of the rest never exist. Default: all at once.",
+        "Compute the output layer, the losses and their gradient for so many tokens at a time, so "
+        "that the logits of the rest never exist; a float32 gradient of the layer's weight does. "
+        "Default: all at once.",
         type=int,
     )
 

@@ -36,7 +36,7 @@ from megatron_pd.distill.targets import TeacherTargets, row_mask, truncate
 from megatron_pd.distill.temperatures import row_temperature
 from megatron_pd.ops import is_fused, row_divergence
 
-__all__ = ["composed_loss", "distillation_loss", "mix"]
+__all__ = ["composed_loss", "distillation_loss", "mix", "mix_gradient"]
 
 
 def distillation_loss(
@@ -137,6 +137,12 @@ def composed_loss(
 def mix(alpha: float, lm_T: Tensor, kd_T: Tensor, counts_T: Tensor) -> Tensor:
     """Eq. 1, (1 − α)·L_lm + α·L_kd; a token without a teacher (count 0) has the LM loss alone."""
     return torch.where(counts_T > 0, torch.lerp(lm_T, kd_T, alpha), lm_T)
+
+
+def mix_gradient(alpha: float, counts_T: Tensor) -> Tensor:
+    """float32 [2, T], the derivatives of `mix` by the LM and by the KD loss."""
+    kd_T = alpha * (counts_T > 0).float()
+    return torch.stack([1 - kd_T, kd_T])
 
 
 def _rows(

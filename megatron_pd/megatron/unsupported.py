@@ -124,7 +124,7 @@ def _check_with_distillation(args: Any) -> None:
     if args.defer_embedding_wgrad_compute and args.pd_loss_chunk_tokens:
         raise UserError(
             "--defer-embedding-wgrad-compute keeps the output layer's inputs for later, and "
-            "--pd-loss-chunk-tokens runs that layer twice: drop one of the two."
+            "--pd-loss-chunk-tokens takes that layer's gradient at once: drop one of the two."
         )
     for flag, given in {
         "--use-megatron-fsdp": args.use_megatron_fsdp,

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from megatron_pd.data.batch import get_batch
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.objective import mix
+from megatron_pd.distill.objective import mix, mix_gradient
 from megatron_pd.distill.schedules import AlphaSchedule, alpha_at
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.megatron.arguments import LearningRate, resolve_schedule
@@ -109,6 +110,14 @@ def forward_step(
             teacher,
             tp_group=get_attr_wrapped_model(model, "tp_group"),
             sequence_parallel=args.sequence_parallel,
+            expected_gradient=_expected_gradient(
+                distils.alpha,
+                teacher.counts,
+                batch["loss_mask"],
+                get_attr_wrapped_model(model, "config"),
+            )
+            if distils.config.loss_chunk_tokens
+            else None,
         )
         loss = functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
     if captures is not None:
@@ -173,6 +182,21 @@ def pd_loss(
             "teacher tokens": _ratio(taught_BS.sum(), tokens),
         },
     )
+
+
+def _expected_gradient(
+    alpha: float, counts_BS: torch.Tensor, loss_mask_BS: torch.Tensor, model_config: Any
+) -> torch.Tensor:
+    """[2, B, S], the gradient of what Megatron makes of `pd_loss` by the two losses of each token.
+
+    It is right up to a factor, and in size as well, for fp16: a loss scale that overflows has to
+    overflow here too, so that Megatron lowers it.
+    """
+    gradient = mix_gradient(alpha, counts_BS) * loss_mask_BS
+    if not model_config.calculate_per_token_loss:
+        gradient = gradient / (loss_mask_BS.sum().clamp(min=1) * get_num_microbatches())
+    scale = model_config.grad_scale_func
+    return gradient if scale is None else scale(gradient)
 
 
 def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

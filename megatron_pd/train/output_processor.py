@@ -6,27 +6,23 @@ hidden states, its output layer and its weight instead of computing the LM loss 
 Axes: S sequence, B micro-batch, H hidden, V this rank's vocabulary, K columns of a teacher row;
 column 0 of `ids_SBK` is the label, so one pass over the logits serves both losses.
 
-With `chunk_tokens` the output layer and the loss run on pieces of the sequence and are recomputed
-in the backward pass, so that the logits of one piece exist at a time. Recomputation is
-non-reentrant: the output weight's gradient is summed by the outer graph and reaches DDP's
-gradient hook once, as it does without chunks. Megatron's gradient accumulation fusion sums it over
-the chunks in float32; without the fusion that is done here, since autograd would sum in bf16.
+With `--pd-loss-chunk-tokens` the output layer and the losses run on pieces of the sequence:
+`chunked_losses.py`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.ops import sparse_log_softmaxes
+from megatron_pd.train.chunked_losses import Chunk, Layer, losses_in_chunks
 
-__all__ = ["DistillationContext", "distillation_output_processor", "gathered_positions"]
+__all__ = ["DistillationContext", "distillation_output_processor"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,10 @@ class DistillationContext:
 
     tp_group: torch.distributed.ProcessGroup
     sequence_parallel: bool
+
+    expected_gradient: Tensor | None = None
+    """float32 [2, B, S], what backward will bring for the two losses of each token, up to one
+    factor that all tokens share. Chunks need it."""
 
 
 def distillation_output_processor(
@@ -64,90 +64,39 @@ def distillation_output_processor(
     labels_SB = labels.transpose(0, 1)
     teacher_SBK = context.teacher.map(lambda rows: rows.transpose(0, 1))
 
-    def losses(hidden_SBH: Tensor, weight: Tensor | None, positions: Tensor | slice) -> Tensor:
+    def logits_of(hidden_SBH: Tensor) -> Tensor:
         logits_SBV, _ = output_layer(
-            hidden_SBH, weight=weight, runtime_gather_output=runtime_gather_output
+            hidden_SBH, weight=output_weight, runtime_gather_output=runtime_gather_output
         )
+        return logits_SBV
+
+    def losses_of_chunk(logits_SBV: Tensor, chunk: Chunk) -> Tensor:
         return _token_losses(
-            scale_logits(logits_SBV),
-            labels_SB[positions],
-            teacher_SBK.map(lambda rows: rows[positions]),
-            context,
+            scale_logits(logits_SBV), chunk.of(labels_SB), teacher_SBK.map(chunk.of), context
         )
 
     ranks = context.tp_group.size() if context.sequence_parallel else 1
     local_length, batch_size = hidden_states.shape[:2]
-    chunk = _chunk_length(context.config.loss_chunk_tokens, batch_size, ranks, local_length)
-    if chunk >= local_length:
-        return losses(hidden_states, output_weight, slice(None)).transpose(1, 2)
-    losses_2SB = torch.empty(
-        2, ranks * local_length, batch_size, dtype=torch.float32, device=hidden_states.device
+    length = _chunk_length(context.config.loss_chunk_tokens, batch_size, ranks, local_length)
+    if length >= local_length:
+        logits_SBV = scale_logits(logits_of(hidden_states))
+        return _token_losses(logits_SBV, labels_SB, teacher_SBK, context).transpose(1, 2)
+    if context.expected_gradient is None:
+        raise ValueError("--pd-loss-chunk-tokens needs DistillationContext.expected_gradient.")
+    layer = Layer(
+        logits_of,
+        context.tp_group,
+        context.sequence_parallel,
+        output_layer.gradient_accumulation_fusion,
     )
-    starts = range(0, local_length, chunk)
-    weight_of_chunk = _weights_of_chunks(output_layer, output_weight, len(starts))
-    for start in starts:
-        hidden_SBH = hidden_states[start : start + chunk]
-        positions = gathered_positions(start, len(hidden_SBH), local_length, ranks).to(
-            hidden_states.device
-        )
-        losses_2SB[:, positions] = checkpoint(
-            losses, hidden_SBH, weight_of_chunk(), positions, use_reentrant=False
-        )
-    return losses_2SB.transpose(1, 2)
-
-
-def _weights_of_chunks(
-    output_layer: Any, output_weight: Tensor | None, chunks: int
-) -> Callable[[], Tensor | None]:
-    """What gives each chunk its weight, so that their gradients are summed in float32."""
-    weight = output_layer.weight if output_weight is None else output_weight
-    if output_layer.gradient_accumulation_fusion or weight.dtype == torch.float32:
-        return lambda: output_weight
-    total = _FloatSum(chunks)
-    return lambda: _WeightOfChunk.apply(weight, total)
-
-
-class _FloatSum:
-    """A sum in float32 of a known number of tensors."""
-
-    def __init__(self, terms: int) -> None:
-        self.terms = self.left = terms
-        self.value: Tensor | None = None
-
-    def add(self, term: Tensor) -> Tensor | None:
-        """The whole sum, in the terms' dtype, once the last term is in."""
-        self.value = term.float() if self.value is None else self.value.add_(term)
-        self.left -= 1
-        if self.left:
-            return None
-        result, self.value, self.left = self.value.to(term.dtype), None, self.terms
-        return result
-
-
-class _WeightOfChunk(torch.autograd.Function):
-    """The weight; its gradient goes to `total`, and on from the chunk that completes it."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, total: _FloatSum) -> Tensor:
-        ctx.total = total
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.total.add(gradients[0]), None
-
-
-def gathered_positions(start: int, length: int, local_length: int, ranks: int) -> Tensor:
-    """Sequence positions that the output layer returns for a chunk of this rank's hidden states.
-
-    Under sequence parallelism every TP rank holds `local_length` consecutive positions, and the
-    output layer gathers the same chunk of each: rank-major, so not adjacent.
-
-    Returns:
-        int64 [ranks * length].
-    """
-    offsets = torch.arange(ranks) * local_length + start
-    return (offsets[:, None] + torch.arange(length)).flatten()
+    return losses_in_chunks(
+        layer,
+        hidden_states,
+        output_layer.weight if output_weight is None else output_weight,
+        losses_of_chunk,
+        context.expected_gradient.transpose(1, 2),
+        length,
+    ).transpose(1, 2)
 
 
 def _chunk_length(chunk_tokens: int | None, batch_size: int, ranks: int, local_length: int) -> int:

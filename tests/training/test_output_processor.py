@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -22,13 +23,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.objective import mix
+from megatron_pd.distill.objective import mix, mix_gradient
 from megatron_pd.distill.targets import TeacherTargets, top_p_k
 from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import (
     DistillationContext,
     distillation_output_processor,
-    gathered_positions,
 )
 
 RANKS = 4
@@ -107,7 +107,13 @@ def check(group: dist.ProcessGroup, chunk_tokens: int | None, sequence_parallel:
         output_layer=column_parallel_layer(own_weight, group, sequence_parallel),
         output_weight=own_weight,
         labels=labels,
-        context=DistillationContext(config, teacher, group, sequence_parallel),
+        context=DistillationContext(
+            config,
+            teacher,
+            group,
+            sequence_parallel,
+            3 * mix_gradient(ALPHA, teacher.counts) * weight_of_token,
+        ),
         scale_logits=lambda logits: logits,
         runtime_gather_output=None,
     )
@@ -150,7 +156,13 @@ def check_context_parallel(
             output_layer=column_parallel_layer(own_weight, tp_group),
             output_weight=own_weight,
             labels=batch["labels"],
-            context=DistillationContext(PDConfig(loss_chunk_tokens=chunk), rows, tp_group, False),
+            context=DistillationContext(
+                PDConfig(loss_chunk_tokens=chunk),
+                rows,
+                tp_group,
+                False,
+                torch.ones(2, *batch["labels"].shape),
+            ),
             scale_logits=lambda logits: logits,
             runtime_gather_output=None,
         )
@@ -218,17 +230,6 @@ def test_gradients_at_1_2_and_4_ranks(tmp_path: Path) -> None:
         assert not failures, f"rank {rank}: " + "\n".join(failures)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 3, 8])
-def test_gathered_positions(ranks: int, length: int) -> None:
-    """What a gather of every rank's chunk holds, taken from the whole sequence."""
-    sequence = torch.arange(8 * ranks)
-    for start in range(0, 8, length):
-        chunks = [own[start : start + length] for own in sequence.chunk(ranks)]
-        found = sequence[gathered_positions(start, len(chunks[0]), 8, ranks)]
-        torch.testing.assert_close(found, torch.cat(chunks))
-
-
 class PeakMemory(TorchDispatchMode):
     """The most bytes of tensors [..., columns] that were alive at once, `weight` aside."""
 
@@ -249,6 +250,7 @@ class PeakMemory(TorchDispatchMode):
 
 @contextmanager
 def one_rank(folder: Path) -> Iterator[dist.ProcessGroup]:
+    folder.mkdir(exist_ok=True)
     store = dist.FileStore(str(folder / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -273,7 +275,11 @@ def test_chunks_bound_the_memory_of_the_logits(tmp_path: Path) -> None:
                     output_weight=weight,
                     labels=labels,
                     context=DistillationContext(
-                        PDConfig(loss_chunk_tokens=chunk_tokens), teacher, group, False
+                        PDConfig(loss_chunk_tokens=chunk_tokens),
+                        teacher,
+                        group,
+                        False,
+                        torch.ones(2, 1, length),
                     ),
                     scale_logits=lambda logits: logits,
                     runtime_gather_output=None,
@@ -310,14 +316,117 @@ def test_the_weights_gradient_is_summed_in_float32_over_chunks(
             output_layer=layer,
             output_weight=None if own_weight else weight,
             labels=torch.zeros(1, length, dtype=torch.long),
-            context=DistillationContext(PDConfig(loss_chunk_tokens=1), empty, group, False),
+            context=DistillationContext(
+                PDConfig(loss_chunk_tokens=1),
+                empty,
+                group,
+                False,
+                mix_gradient(ALPHA, empty.counts),
+            ),
             scale_logits=lambda logits: logits,
             runtime_gather_output=None,
         )
-        for expected in (1, 2):  # a second backward pass adds the same again
-            losses[0].sum().backward(retain_graph=True)
-            gradient = torch.full((columns, H), length / columns)
-            gradient[0] -= length
-            torch.testing.assert_close(
-                weight.grad.float(), expected * gradient, rtol=0.005, atol=0.0
-            )
+        losses[0].sum().backward()
+    expected = torch.full((columns, H), length / columns)
+    expected[0] -= length
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=0.005, atol=0.0)
+
+
+def chunked_losses(
+    group: dist.ProcessGroup,
+    hidden: Tensor,
+    weight: Tensor,
+    expected: Tensor | None,
+    fuses: bool = False,
+) -> Tensor:
+    """[2, B, S] of the tokens of `hidden`, in four chunks."""
+    length = len(hidden)
+    teacher = top_p_k(torch.randn(1, length, len(weight)), top_k=K)
+    layer = column_parallel_layer(weight, group)
+    layer.gradient_accumulation_fusion = fuses
+    return distillation_output_processor(
+        hidden_states=hidden,
+        output_layer=layer,
+        output_weight=weight,
+        labels=torch.randint(0, len(weight), (1, length)),
+        context=DistillationContext(
+            PDConfig(loss_chunk_tokens=length // 4), teacher, group, False, expected
+        ),
+        scale_logits=lambda logits: logits,
+        runtime_gather_output=None,
+    )
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Multiplications of all products with the output layer's matrix, or of its size."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.flops += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_chunks_cost_three_matrix_products(tmp_path: Path) -> None:
+    length, columns = 16, 32
+    hidden = torch.randn(length, 1, H, requires_grad=True)
+    weight = torch.randn(columns, H, requires_grad=True)
+    with one_rank(tmp_path) as group, MatrixProducts() as products:
+        losses = chunked_losses(group, hidden, weight, torch.ones(2, 1, length))
+        losses.sum().backward()
+    assert products.flops == 3 * length * columns * H
+    with torch.no_grad(), one_rank(tmp_path / "again") as group, MatrixProducts() as products:
+        found = chunked_losses(group, hidden, weight, torch.ones(2, 1, length))
+    assert products.flops == length * columns * H and not found.requires_grad
+
+
+def test_a_gradient_that_was_not_expected_is_refused(tmp_path: Path) -> None:
+    """One token that weighs another way; and a second backward pass."""
+    length = 16
+    hidden = torch.randn(length, 1, H, requires_grad=True)
+    weight = torch.randn(32, H, requires_grad=True)
+    expected = torch.rand(2, 1, length)
+    with one_rank(tmp_path) as group:
+        for wrong in (expected.index_fill(2, torch.tensor(5), 0.7), torch.ones_like(expected)):
+            losses = chunked_losses(group, hidden, weight, expected)
+            with pytest.raises(RuntimeError, match="--pd-loss-chunk-tokens: the gradient"):
+                losses.backward(wrong)
+        assert hidden.grad is None and weight.grad is None
+        losses = chunked_losses(group, hidden, weight, torch.zeros_like(expected))
+        losses.backward(torch.zeros_like(expected))
+        assert not hidden.grad.any() and not weight.grad.any()
+        losses = chunked_losses(group, hidden, weight, expected)
+        losses.backward(-3 * expected, retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses.backward(-3 * expected)
+        with pytest.raises(ValueError, match="expected_gradient"):
+            chunked_losses(group, hidden, weight, None)
+
+
+def test_with_megatrons_fusion_the_weights_gradient_is_added_to_main_grad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel, which is a GPU's, stood in for; and what it tells DDP by."""
+    from megatron.core.tensor_parallel import layers
+
+    kernel = SimpleNamespace(
+        wgrad_gemm_accum_fp32=lambda hidden, grad, total: total.addmm_(grad.T, hidden)
+    )
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", kernel, raising=False)
+    hidden, weight = torch.randn(16, 1, H, requires_grad=True), torch.randn(32, H)
+    expected = torch.rand(2, 1, 16)
+    gradients = []
+    with one_rank(tmp_path) as group:
+        for fuses in (False, True):
+            own = weight.clone().requires_grad_()
+            own.main_grad, own.grad_added_to_main_grad = torch.ones(32, H), False
+            torch.manual_seed(1)
+            losses = chunked_losses(group, hidden, own, expected, fuses)
+            losses.backward(2 * expected)
+            assert own.grad_added_to_main_grad == fuses
+            gradients.append((own.grad, own.main_grad))
+    (grad, untouched), (dummy, main_grad) = gradients
+    assert not dummy.any() and torch.equal(untouched, torch.ones(32, H))
+    torch.testing.assert_close(main_grad, 1 + grad)

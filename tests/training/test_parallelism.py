@@ -39,11 +39,21 @@ def test_tied_embeddings_and_chunks_change_nothing(world: World) -> None:
     tied += [*PD_STAR, "--load", str(start), "--finetune", "--no-load-optim", "--no-load-rng"]
     chunked = [*tied, "--pd-loss-chunk-tokens", "24"]
     expected = world.curves_of(tied)
-    for layout in ("tp2", "pp2"):
-        ranks, flags = LAYOUTS[layout]
+    overlap = [*LAYOUTS["dp2"][1], "--overlap-grad-reduce", "--calculate-per-token-loss"]
+    for ranks, flags in (*(LAYOUTS[name] for name in ("tp2", "pp2 interleaved")), (2, overlap)):
         found = world.curves_of([*chunked, *flags], ranks)
         for tag in CURVES:
             np.testing.assert_allclose(found[tag], expected[tag], rtol=0, atol=1e-4, err_msg=tag)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16 --initial-loss-scale 65536"])
+def test_chunks_in_16_bits_change_nothing(precision: str, world: World) -> None:
+    flags = [*world.from_student(), *PD_STAR, *precision.split(), "--train-iters", 3]
+    flags += ["--lr-wsd-decay-iters", 1, "--lr-warmup-iters", 1]
+    whole, chunked = (world.train(*flags, *more) for more in ((), ("--pd-loss-chunk-tokens", 24)))
+    for tag in CURVES:
+        assert len(whole[tag]) == 3
+        np.testing.assert_allclose(chunked[tag], whole[tag], rtol=5e-3, err_msg=tag)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])

@@ -38,7 +38,7 @@ from common import (
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.objective import mix
+from megatron_pd.distill.objective import mix, mix_gradient
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
@@ -209,7 +209,11 @@ def lm_only(trainer: Trainer, batch: Batch, *, fused: bool) -> Tensor:
 
 def distilled(trainer: Trainer, batch: Batch, config: PDConfig) -> Tensor:
     context = DistillationContext(
-        config, batch.teacher_BSK, trainer.gpt.tp_group, sequence_parallel=False
+        config,
+        batch.teacher_BSK,
+        trainer.gpt.tp_group,
+        sequence_parallel=False,
+        expected_gradient=mix_gradient(ALPHA, batch.teacher_BSK.counts),
     )
     lm_BS, kd_BS = trainer.model(
         batch.tokens_BS,

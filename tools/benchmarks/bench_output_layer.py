@@ -34,7 +34,7 @@ from common import (
 from torch import Tensor
 
 from megatron_pd.distill.config import PDConfig
-from megatron_pd.distill.objective import mix
+from megatron_pd.distill.objective import mix, mix_gradient
 from megatron_pd.distill.targets import TeacherTargets
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
 
@@ -107,7 +107,11 @@ def distilled(problem: Problem, config: PDConfig) -> Tensor:
         output_weight=None,
         labels=problem.labels_BS,
         context=DistillationContext(
-            config, problem.teacher_BSK, problem.layer.tp_group, sequence_parallel=False
+            config,
+            problem.teacher_BSK,
+            problem.layer.tp_group,
+            sequence_parallel=False,
+            expected_gradient=mix_gradient(ALPHA, problem.teacher_BSK.counts),
         ),
         scale_logits=lambda logits: logits,
         runtime_gather_output=None,
