@@ -9,7 +9,7 @@ import io
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from megatron_pd.distill.config import PDConfig
+from megatron_pd.distill.config import PDConfig, flag_of
 from megatron_pd.distill.schedules import ALPHA_SCHEDULES, AlphaSchedule
 from megatron_pd.errors import UserError
 from megatron_pd.megatron.recipe_parser import RecipeParser
@@ -20,10 +20,14 @@ __all__ = [
     "LearningRate",
     "add_pd_arguments",
     "learning_rate_of_flags",
+    "lm_config_from_args",
     "pd_config_from_args",
     "resolve_schedule",
     "total_samples",
 ]
+
+
+_LM_OPTIONS = ("loss_chunk_tokens",)
 
 
 def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -36,6 +40,13 @@ def add_pd_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--pd",
         action="store_true",
         help="Distil with the defaults below; any other --pd-* flag turns it on too.",
+    )
+    group.add_argument(
+        "--pd-lm-only",
+        action="store_true",
+        help="Train on the LM loss alone, without teacher and store, by the kernels that distil: "
+        "the baseline of a comparison like with like. Of the other --pd-* flags it takes "
+        "--pd-loss-chunk-tokens.",
     )
     add_options(group, PDConfig, "pd")
     return RecipeParser(
@@ -60,9 +71,26 @@ def pd_config_from_args(args: argparse.Namespace) -> PDConfig | None:
         UserError: naming the flag that does not fit and what to give instead.
     """
     given = given_options(args, PDConfig, "pd")
+    if getattr(args, "pd_lm_only", False):
+        others = [flag_of(name) for name in given if name not in _LM_OPTIONS]
+        others += ["--pd"] * bool(args.pd)
+        if others:
+            raise UserError(
+                f"--pd-lm-only trains without a teacher, and {', '.join(others)} would distil from "
+                "one: drop --pd-lm-only or the rest."
+            )
+        return None
     if not given and not getattr(args, "pd", False):
         return None
     return PDConfig(**given)
+
+
+def lm_config_from_args(args: argparse.Namespace) -> PDConfig | None:
+    """How a micro-batch without a teacher gets its LM loss here; None where Megatron gives it."""
+    if not args.pd_lm_only and pd_config_from_args(args) is None:
+        return None
+    given = given_options(args, PDConfig, "pd")
+    return PDConfig(**{name: given[name] for name in _LM_OPTIONS if name in given})
 
 
 # ------------------------------------------------------------------------------ α over a run

@@ -76,7 +76,7 @@ def check_flags(args: Any, *, distils: bool) -> None:
             )
     if cpu.is_cpu():
         _check_on_cpu(args)
-    if distils:
+    if distils or args.pd_lm_only:
         _check_with_distillation(args)
     if args.optimizer not in _OWN_OPTIMIZERS and not _is_installed("emerging_optimizers"):
         raise UserError(

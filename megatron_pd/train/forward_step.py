@@ -70,11 +70,14 @@ def forward_step(
     return_schedule_plan: bool = False,
     *,
     distillation: Distillation | None,
+    lm_config: PDConfig | None = None,
     capture: OnlineCapture | None = None,
 ) -> tuple[Any, Any]:
     """One micro-batch through this pipeline stage (Megatron's forward step).
 
     Args:
+        lm_config: of the output processor for micro-batches without a teacher, with
+            `--pd-lm-only` or in validation; None leaves their loss to Megatron.
         return_schedule_plan: give the plan of the forward pass, which Megatron interleaves with
             another micro-batch's backward pass, instead of its output
             (`--overlap-moe-expert-parallel-comm`).
@@ -104,27 +107,45 @@ def forward_step(
     loss: Callable[..., Any] = functools.partial(lm_loss, batch["loss_mask"])
     teacher = TeacherTargets.from_batch(batch)
     if distils is not None and teacher is not None:
-        inputs["output_processor"] = distillation_output_processor
-        inputs["output_processor_context"] = DistillationContext(
-            distils.config,
-            teacher,
-            tp_group=get_attr_wrapped_model(model, "tp_group"),
-            sequence_parallel=args.sequence_parallel,
-            expected_gradient=_expected_gradient(
-                distils.alpha,
-                teacher.counts,
-                batch["loss_mask"],
-                get_attr_wrapped_model(model, "config"),
-            )
-            if distils.config.loss_chunk_tokens
-            else None,
-        )
+        inputs |= _processor_inputs(model, distils.config, teacher, distils.alpha, batch)
         loss = functools.partial(pd_loss, batch["loss_mask"], teacher.counts, distils.alpha)
+    elif lm_config is not None and distils is None and batch["labels"] is not None:
+        labels_BS = batch["labels"]
+        nobody = TeacherTargets.empty(tuple(labels_BS.shape), 0, device=labels_BS.device)
+        inputs |= _processor_inputs(model, lm_config, nobody, 0.0, batch)
+        loss = functools.partial(_lm_loss_of_both, batch["loss_mask"])
     if captures is not None:
         inputs |= captures.inputs(batch, get_attr_wrapped_model(model, "tp_group"))
     run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
     with _watched(args, bdata=False):
         return run(**inputs), loss
+
+
+def _processor_inputs(
+    model: torch.nn.Module,
+    config: PDConfig,
+    teacher: TeacherTargets,
+    alpha: float,
+    batch: dict[str, Any],
+) -> dict[str, Any]:
+    """Inputs of the model that make it end in our losses instead of Megatron's."""
+    model_config = get_attr_wrapped_model(model, "config")
+    expected_gradient = None
+    if config.loss_chunk_tokens is not None:
+        expected_gradient = _expected_gradient(
+            alpha, teacher.counts, batch["loss_mask"], model_config
+        )
+    context = DistillationContext(
+        config,
+        teacher,
+        tp_group=get_attr_wrapped_model(model, "tp_group"),
+        sequence_parallel=model_config.sequence_parallel,
+        expected_gradient=expected_gradient,
+    )
+    return {
+        "output_processor": distillation_output_processor,
+        "output_processor_context": context,
+    }
 
 
 def _watched(args: Any, *, bdata: bool) -> AbstractContextManager[Any]:
@@ -152,6 +173,13 @@ def lm_loss(
     tokens = loss_mask_BS.sum()
     _check(loss)
     return loss, tokens.int(), {"lm loss": _ratio(loss, tokens)}
+
+
+def _lm_loss_of_both(
+    loss_mask_BS: torch.Tensor, losses_2BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """`lm_loss` of what the output processor gives."""
+    return lm_loss(loss_mask_BS, losses_2BS[0])
 
 
 def pd_loss(

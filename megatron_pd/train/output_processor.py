@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.distill.objective import distillation_loss
 from megatron_pd.distill.targets import TeacherTargets
-from megatron_pd.ops import sparse_log_softmaxes
+from megatron_pd.ops import sparse_log_softmax, sparse_log_softmaxes
 from megatron_pd.train.chunked_losses import Chunk, Layer, losses_in_chunks
 
 __all__ = ["DistillationContext", "distillation_output_processor"]
@@ -111,6 +111,12 @@ def _token_losses(
 ) -> Tensor:
     """[2, S, B]: the LM and the KD loss of every token."""
     config = context.config
+    if teacher_SBK.ids.shape[-1] == 0:
+        logq_SB1, _ = sparse_log_softmax(
+            logits_SBV, labels_SB.unsqueeze(-1), tp_group=context.tp_group, inplace_backward=True
+        )
+        lm_SB = -logq_SB1.squeeze(-1)
+        return torch.stack([lm_SB, torch.zeros_like(lm_SB)])
     ids_SBK = torch.cat([labels_SB.unsqueeze(-1).int(), teacher_SBK.ids], dim=-1)
     temperatures = [1.0]
     if config.needs_tempered_student:

@@ -23,6 +23,7 @@ from megatron_pd.megatron.arguments import (
     LearningRate,
     add_pd_arguments,
     learning_rate_of_flags,
+    lm_config_from_args,
     pd_config_from_args,
     total_samples,
 )
@@ -72,7 +73,8 @@ def main() -> int:
     _refuse_early(parsed_args(_extra_arguments))
     args = validated_args(_extra_arguments)
     distillation = _build_distillation(args)
-    capture_config = capture_config_of(args, distils=distillation is not None)
+    lm_config = lm_config_from_args(args)
+    capture_config = capture_config_of(args, distils=lm_config is not None)
     capture = None if capture_config is None else OnlineCapture(capture_config, args)
     saved = None
     if args.rank == 0:
@@ -100,7 +102,9 @@ def main() -> int:
             config,
             provider,
             ModelType.encoder_or_decoder,
-            functools.partial(forward_step, distillation=distillation, capture=capture),
+            functools.partial(
+                forward_step, distillation=distillation, lm_config=lm_config, capture=capture
+            ),
             get_embedding_ranks=functools.partial(_embedding_ranks, args, config.model.transformer),
         )
     if capture is not None:
@@ -142,7 +146,8 @@ def _begin(
 def _report(args: Any, saved: Any | None) -> str:
     """What distillation does in this run, for the log, and what is new since its checkpoint."""
     if args.pd_resolved is None:
-        lines = ["pre-training distillation: off"]
+        way = " (--pd-lm-only: the LM loss by its kernels)" if args.pd_lm_only else ""
+        lines = [f"pre-training distillation: off{way}"]
     else:
         lines = ["pre-training distillation:"]
         lines += [
@@ -176,7 +181,7 @@ def _refuse_early(args: Any) -> None:
     optional_kernels.check_gpu_args(args)
     distils = pd_config_from_args(args) is not None
     check_flags(args, distils=distils)
-    capture_config_of(args, distils=distils)
+    capture_config_of(args, distils=lm_config_from_args(args) is not None)
 
 
 def _build_distillation(args: Any) -> Distillation | None:

@@ -40,6 +40,10 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "alpha above 1": (["--pd-alpha", "1.1"], ("--pd-alpha", "[0, 1]")),
     "temperature of 0": (["--pd-temperature", "0"], ("--pd-temperature",)),
     "chunk of 0": (["--pd-loss-chunk-tokens", "0"], ("--pd-loss-chunk-tokens",)),
+    "LM only from a teacher": (
+        ["--pd-lm-only", "--pd-loss-chunk-tokens", "8", "--pd-alpha", "0.5", "--pd"],
+        ("--pd-lm-only", "and --pd-alpha, --pd would distil", "drop"),
+    ),
     "unused option": (["--pd-jsd-beta", "0.5"], ("--pd-jsd-beta", "--pd-loss jsd")),
     "schedule longer than the run": (
         ["--pd-alpha-schedule", "wsd", "--pd-alpha-warmup", "40", "--pd-alpha-decay", "9"],

@@ -31,6 +31,21 @@ def test_alpha_zero_is_megatrons_lm_loss(world: World) -> None:
         np.testing.assert_allclose(distilled[tag], plain[tag], rtol=0, atol=1e-5, err_msg=tag)
 
 
+@pytest.mark.parametrize("layout", ["tp1", "tp2pp2"])
+def test_lm_only_by_our_kernels_is_megatrons_lm_loss(layout: str, world: World) -> None:
+    """Without a store; whole and in chunks; validation too."""
+    ranks, layout_flags = LAYOUTS[layout]
+    flags = [*world.from_student(), *layout_flags, "--split", "90,10,0", "--eval-iters", 2]
+    flags += ["--eval-interval", 3, "--train-iters", 3, "--lr-wsd-decay-iters", 1]
+    ours = ["--pd-lm-only", "--pd-loss-chunk-tokens", 48]
+    expected = world.train(*flags, ranks=ranks)
+    for more in (ours[:1], ours):
+        found = world.train(*flags, *more, ranks=ranks)
+        assert "kd loss" not in found
+        for tag in ("lm loss", "lm loss validation", "grad-norm"):
+            np.testing.assert_allclose(found[tag], expected[tag], rtol=2e-6, err_msg=tag)
+
+
 def test_tied_embeddings_and_chunks_change_nothing(world: World) -> None:
     """The embedding's weight gets gradients from both ends, at the output chunk by chunk."""
     tied = [flag for flag in world.training_flags() if "untie" not in flag]
