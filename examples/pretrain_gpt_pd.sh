@@ -34,8 +34,8 @@ TRAINING_ARGS=(
 )
 DISTILLATION_ARGS=(
     --pd-recipe pd-star
-    # The output layer's logits exist for so many tokens at a time.
-    --pd-loss-chunk-tokens 2048
+    # The output layer's logits exist for 2048 tokens at a time, where that saves memory.
+    --pd-loss-chunk-tokens auto
 )
 DATA_ARGS=(
     --data-path "${DATA:?prefix of the corpus}" --split "${SPLIT:-999,1,0}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from megatron_pd.distill.losses import LOSSES, Loss
 from megatron_pd.distill.recipes import RECIPES
@@ -41,6 +41,11 @@ def _described[Thing](registry: Registry[Thing], words: Callable[[Thing], str]) 
 def _those[Thing](registry: Registry[Thing], fit: Callable[[Thing], bool]) -> str:
     """The built-ins that `fit`: "nll or kld"."""
     return " or ".join(name for name in registry if fit(registry.get(name)))
+
+
+def _number_or_word(text: str) -> int | str:
+    """PDConfig refuses the wrong words, with a sentence; argparse would name this function."""
+    return int(text) if text.removeprefix("-").isdigit() else text
 
 
 @dataclass(frozen=True)
@@ -159,12 +164,13 @@ class PDConfig:
         "vanilla and online, or robust, which did best in our own runs (docs/losses.md).",
         choices=tuple(RECIPES),
     )
-    loss_chunk_tokens: int | None = option(
+    loss_chunk_tokens: int | Literal["auto"] | None = option(
         None,
         "Compute the output layer, the losses and their gradient for so many tokens at a time, so "
         "that the logits of the rest never exist; a float32 gradient of the layer's weight does. "
-        "Default: all at once.",
-        type=int,
+        "auto: 2048 where that takes less memory, by the sizes of the micro-batch and the model, "
+        "else all at once. Default: all at once.",
+        type=_number_or_word,
     )
 
     def __post_init__(self) -> None:
@@ -320,9 +326,10 @@ def _check_alpha(config: PDConfig) -> None:
             )
     if config.alpha_period == 0:
         raise UserError("--pd-alpha-period is 0; a cycle must take some time.")
-    if config.loss_chunk_tokens is not None and config.loss_chunk_tokens < 1:
+    chunk = config.loss_chunk_tokens
+    if not (chunk in (None, "auto") or (isinstance(chunk, int) and chunk >= 1)):
         raise UserError(
-            f"--pd-loss-chunk-tokens is {config.loss_chunk_tokens}; a chunk has 1 token or more. "
+            f"--pd-loss-chunk-tokens is {chunk}; it is auto, or the tokens of a chunk, 1 or more. "
             "Leave it out to compute all tokens at once."
         )
 

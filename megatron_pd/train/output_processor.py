@@ -11,7 +11,7 @@ With `--pd-loss-chunk-tokens` the output layer and the losses run on pieces of t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from megatron_pd.ops import sparse_log_softmax, sparse_log_softmaxes
 from megatron_pd.train.chunked_losses import Chunk, Layer, losses_in_chunks
 
 __all__ = ["DistillationContext", "distillation_output_processor"]
+
+_AUTO_CHUNK_TOKENS = 2048
+"""Enough for matrix products that keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,8 @@ def distillation_output_processor(
         )
 
     ranks = context.tp_group.size() if context.sequence_parallel else 1
-    local_length, batch_size = hidden_states.shape[:2]
-    length = _chunk_length(context.config.loss_chunk_tokens, batch_size, ranks, local_length)
-    if length >= local_length:
+    length = _chunk_length(context.config.loss_chunk_tokens, hidden_states, ranks)
+    if length >= len(hidden_states):
         logits_SBV = scale_logits(logits_of(hidden_states))
         return _token_losses(logits_SBV, labels_SB, teacher_SBK, context).transpose(1, 2)
     if context.expected_gradient is None:
@@ -99,8 +101,20 @@ def distillation_output_processor(
     ).transpose(1, 2)
 
 
-def _chunk_length(chunk_tokens: int | None, batch_size: int, ranks: int, local_length: int) -> int:
-    """Local sequence positions a chunk, so that its logits cover about `chunk_tokens` tokens."""
+def _chunk_length(
+    chunk_tokens: int | Literal["auto"] | None, hidden_states: Tensor, ranks: int
+) -> int:
+    """Local sequence positions a chunk, so that its logits cover about `chunk_tokens` tokens.
+
+    Args:
+        ranks: those whose hidden states the output layer gathers.
+    """
+    local_length, batch_size, hidden_size = hidden_states.shape
+    if chunk_tokens == "auto":
+        # Bytes for each id of the vocabulary: logits, and a float32 row of the weight's gradient.
+        saved = local_length * batch_size * ranks - _AUTO_CHUNK_TOKENS
+        saves = saved * hidden_states.element_size() > 4 * hidden_size
+        chunk_tokens = _AUTO_CHUNK_TOKENS if saves else None
     if chunk_tokens is None:
         return local_length
     return max(1, chunk_tokens // (batch_size * ranks))

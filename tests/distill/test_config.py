@@ -43,6 +43,7 @@ from megatron_pd.errors import UserError
         ({"alpha_schedule": "wsd", "alpha_decay": 1.5}, "--pd-alpha-decay is 1.5; from 1 on"),
         ({"alpha_schedule": "period", "alpha_period": 0.0}, "--pd-alpha-period is 0"),
         ({"loss_chunk_tokens": 0}, "--pd-loss-chunk-tokens is 0"),
+        ({"loss_chunk_tokens": "some"}, "--pd-loss-chunk-tokens is some; it is auto"),
         ({"loss": "jsd", "jsd_beta": 1.0}, "--pd-jsd-beta is 1.0"),
         ({"loss": "mse-logit", "tail": "raw"}, "--pd-tail is raw, and --pd-loss mse-logit"),
         ({"tail": "sampled", "loss": "jsd"}, "--pd-tail sampled .* --pd-loss is jsd"),

@@ -40,6 +40,7 @@ FLAGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "alpha above 1": (["--pd-alpha", "1.1"], ("--pd-alpha", "[0, 1]")),
     "temperature of 0": (["--pd-temperature", "0"], ("--pd-temperature",)),
     "chunk of 0": (["--pd-loss-chunk-tokens", "0"], ("--pd-loss-chunk-tokens",)),
+    "chunk of a word": (["--pd-loss-chunk-tokens", "some"], ("--pd-loss-chunk-tokens", "auto")),
     "LM only from a teacher": (
         ["--pd-lm-only", "--pd-loss-chunk-tokens", "8", "--pd-alpha", "0.5", "--pd"],
         ("--pd-lm-only", "and --pd-alpha, --pd would distil", "drop"),

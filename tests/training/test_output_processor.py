@@ -28,6 +28,7 @@ from megatron_pd.distill.targets import TeacherTargets, top_p_k
 from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import (
     DistillationContext,
+    _chunk_length,
     distillation_output_processor,
 )
 
@@ -228,6 +229,26 @@ def test_gradients_at_1_2_and_4_ranks(tmp_path: Path) -> None:
     for rank in range(RANKS):
         failures = torch.load(tmp_path / f"failures.{rank}")
         assert not failures, f"rank {rank}: " + "\n".join(failures)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dtype", "chunk", "expected"),
+    [
+        ((4096, 1, 4096), 1, torch.bfloat16, "auto", 4096),  # saves 4 KB an id and takes 16
+        ((4096, 4, 4096), 1, torch.bfloat16, "auto", 512),  # 28 KB and 16
+        ((1024, 4, 4096), 4, torch.bfloat16, "auto", 128),
+        ((4096, 2, 4096), 1, torch.float32, "auto", 1024),  # 24 KB and 16
+        ((2048, 1, 16), 1, torch.float32, "auto", 2048),  # a chunk is all there is
+        ((4096, 1, 16), 1, torch.bfloat16, None, 4096),
+        ((4096, 2, 4096), 2, torch.bfloat16, 1000, 250),
+        ((4096, 2, 4096), 2, torch.bfloat16, 1, 1),
+    ],
+)
+def test_length_of_a_chunk(
+    shape: tuple[int, int, int], ranks: int, dtype: torch.dtype, chunk: Any, expected: int
+) -> None:
+    hidden = torch.empty(shape, dtype=dtype, device="meta")
+    assert _chunk_length(chunk, hidden, ranks) == expected
 
 
 class PeakMemory(TorchDispatchMode):
