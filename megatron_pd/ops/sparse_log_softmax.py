@@ -128,6 +128,8 @@ def sparse_log_softmaxes(
         tp_group if ranks > 1 else None,
         inplace_backward,
     )
+    if len(temperatures) == 1:  # unbinding one costs a copy in backward
+        return [(logq_TNK.view(ids.shape), lse_TN.view(leading))]
     return [
         (logq_TK.view(ids.shape), lse_T.view(leading))
         for logq_TK, lse_T in zip(logq_TNK.unbind(1), lse_TN.unbind(1), strict=True)
@@ -198,6 +200,8 @@ def _per_row(temperatures: Sequence[float | Tensor], logits: Tensor) -> Tensor:
     """Temperatures as [1, N] or [T, N] on the logits' device, in the dtype of the sums."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     columns = [_column(temperature, logits, dtype) for temperature in temperatures]
+    if len(columns) == 1:
+        return columns[0].contiguous().unsqueeze(1)
     return torch.stack(torch.broadcast_tensors(*columns), dim=1)
 
 

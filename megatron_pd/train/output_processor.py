@@ -135,16 +135,20 @@ def _token_losses(
     temperatures = [1.0]
     if config.needs_tempered_student:
         temperatures.append(config.student_temperature)
-    (logq_SBK, _), *tempered = sparse_log_softmaxes(
+    at_temperatures = sparse_log_softmaxes(
         logits_SBV, ids_SBK, temperatures, tp_group=context.tp_group, inplace_backward=True
     )
-    label_logq_SB = logq_SBK[..., 0]
+    columns = [1, teacher_SBK.ids.shape[-1]]
+    (label_logq_SB, logq_SBK), *tempered = (
+        (label_SB1.squeeze(-1), rows_SBK)
+        for label_SB1, rows_SBK in (logq.split(columns, dim=-1) for logq, _ in at_temperatures)
+    )
     kd_SB = distillation_loss(
         config,
         teacher_SBK,
-        logq_SBK[..., 1:],
+        logq_SBK,
         label_logq_SB,
         labels_SB,
-        *(part for logq_SBK, _ in tempered for part in (logq_SBK[..., 1:], logq_SBK[..., 0])),
+        *(part for label_SB, rows_SBK in tempered for part in (rows_SBK, label_SB)),
     )
     return torch.stack([-label_logq_SB, kd_SB])
