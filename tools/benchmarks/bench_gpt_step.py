@@ -1,4 +1,5 @@
-"""One training step of a Megatron GPT: LM only, distilled by megatron_pd, by Megatron's own loss.
+"""One training step of a Megatron GPT: LM only by either's loss, distilled by megatron_pd, by
+Megatron's own loss.
 
     python tools/benchmarks/bench_gpt_step.py     # the 1.9B student cut to 4 layers, on a GPU
     python tools/benchmarks/bench_gpt_step.py --device cpu --layers 1 --hidden-size 64 \\
@@ -8,9 +9,9 @@ Megatron's GPTModel in bf16 under its Float16Module, its DistributedDataParallel
 on one device, with random tokens and random teacher rows that lie there already: the steps differ
 in the loss alone. Transformer Engine's layers are used where it is installed, Megatron's local ones
 otherwise. Megatron's cached-logits loss is its own code, StudentLogitsCapture and topk_kl_div, on
-the same rows instead of on its files. The three distilled losses are compared before anything is
-timed. Contenders take turns, and the fastest of the repeats counts; --json has minimum, median and
-maximum of every time.
+the same rows instead of on its files. The LM losses are compared, and the distilled losses of a
+student at temperature 1, before anything is timed. Contenders take turns, and the fastest of the
+repeats counts; --json has minimum, median and maximum of every time.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from megatron_pd.megatron import cpu
 from megatron_pd.train.output_processor import DistillationContext, distillation_output_processor
 
 ALPHA = 0.9
+TEMPERED = "megatron_pd, student at τ = 2"
 
 
 @dataclass
@@ -226,6 +228,13 @@ def distilled(trainer: Trainer, batch: Batch, config: PDConfig) -> Tensor:
     return mix(ALPHA, lm_BS, kd_BS, batch.teacher_BSK.counts).mean()
 
 
+def lm_only_by_us(trainer: Trainer, batch: Batch) -> Tensor:
+    """As --pd-lm-only."""
+    labels_BS = batch.labels_BS
+    nobody = TeacherTargets.empty(tuple(labels_BS.shape), 0, device=labels_BS.device)
+    return distilled(trainer, replace(batch, teacher_BSK=nobody), PDConfig())
+
+
 def cached_logits(trainer: Trainer, batch: Batch) -> Tensor:
     """Megatron's: the logits caught at the output layer, its KL with ghost token, its LM loss."""
     from megatron.training.distillation import StudentLogitsCapture
@@ -254,11 +263,14 @@ def cached_logits(trainer: Trainer, batch: Batch) -> Tensor:
 def contenders(trainer: Trainer, batch: Batch, chunk: int) -> dict[str, Callable[[], Tensor]]:
     whole = PDConfig(loss="kld", tail="ghost")
     chunked = PDConfig(loss="kld", tail="ghost", loss_chunk_tokens=chunk)
+    tempered = PDConfig(loss="kld", student_temperature=2.0)
     return {
         "LM only": lambda: lm_only(trainer, batch, fused=False),
         "LM only, fused CE": lambda: lm_only(trainer, batch, fused=True),
+        "LM only, megatron_pd": lambda: lm_only_by_us(trainer, batch),
         "megatron_pd": lambda: distilled(trainer, batch, whole),
         f"megatron_pd, chunks of {chunk}": lambda: distilled(trainer, batch, chunked),
+        TEMPERED: lambda: distilled(trainer, batch, tempered),
         "Megatron cached logits": lambda: cached_logits(trainer, batch),
     }
 
@@ -309,16 +321,18 @@ def compare(options: argparse.Namespace, report: Report) -> dict[str, Any]:
     )
     report.line(f"{'':32}{'forward':>11}{'backward':>11}{'optimizer':>11}{'step':>11}{'peak':>12}")
     losses = contenders(trainer, batch, chunk)
-    assert_same_losses({name: loss_of for name, loss_of in losses.items() if "LM" not in name})
+    lm = {name: loss_of for name, loss_of in losses.items() if "LM" in name}
+    assert_same_losses(lm)
+    assert_same_losses({n: loss for n, loss in losses.items() if n not in (*lm, TEMPERED)})
     results = trainer.measure(losses, options.repeats)
     times = {name: result.fastest_ms() for name, result in results.items()}
     for name, result in results.items():
         parts = ("forward_ms", "backward_ms", "optimizer_ms", "step_ms")
         cells = "".join(f"{times[name][part]:8.1f} ms" for part in parts)
         report.line(f"{name:32}{cells}{result.peak_bytes / 1e6:9.0f} MB")
-    lm = times["LM only"]["step_ms"]
-    for name in ("megatron_pd", "Megatron cached logits"):
-        report.line(f"{name}: {times[name]['step_ms'] / lm - 1:+.1%} over the LM-only step.")
+    lm_ms = times["LM only"]["step_ms"]
+    for name in list(losses)[2:]:
+        report.line(f"{name}: {times[name]['step_ms'] / lm_ms - 1:+.1%} over the LM-only step.")
     settings = {
         name: str(value)
         for name, value in vars(options).items()
