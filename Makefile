@@ -28,6 +28,7 @@ lint: $(BUILT)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/shellcheck -x examples/*.sh examples/*.sbatch examples/models/*.sh tools/*.sh .ci/run
 	find csrc tests -type f "(" -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh" ")" -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 bench: $(BUILT)

@@ -45,6 +45,7 @@ refuse_foreign() {
         refuse "$venv is there and is no virtual environment: move it away, or name another" \
             "place: make VENV=/path/to/it"
     elif [ -e "$venv" ] && ! [ -w "$venv" ]; then
+        # shellcheck disable=SC2012 # of one file, for people to read
         refuse "$venv is not yours to write to ($(ls -ld "$venv" | cut -c1-60)): remove it as its" \
             "owner, or name another place: make VENV=/path/to/it"
     fi
@@ -107,7 +108,7 @@ else:
 
 # Sets `python`, or else `lacks`, a phrase.
 find_python() {
-    python= lacks= incomplete= other=
+    python='' lacks='' incomplete='' other=''
     while IFS= read -r candidate; do
         found=$(inspect "$candidate") || continue
         case $found in

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Student of 1.9B parameters (arXiv 2410.16215, Table 7; SwiGLU and the vocabulary of 151,552 give the size).
 MODEL_ARGS=(
     --num-layers 24

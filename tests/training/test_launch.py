@@ -24,7 +24,7 @@ SMALL = """
 
 
 # Data-parallel ranks of each student on 8 machines of 8 GPUs.
-DATA_PARALLEL = {"330m": 64, "670m": 64, "1.9b": 64, "3.8b": 32, "6.8b": 16}
+DATA_PARALLEL = {"330m": 64, "670m": 64, "1.9b": 64, "3.8b": 32, "6.8b": 16, "13b": 8}
 
 
 @pytest.mark.parametrize("model", DATA_PARALLEL)
@@ -78,11 +78,11 @@ def test_two_machines_find_each_other_and_train(world: World) -> None:
     port = free_port()
     machines = [
         subprocess.Popen(
-            ["bash", str(SCRIPT), *SMALL],
+            ["bash", str(SCRIPT), *SMALL, "--train-iters", "4", "--lr-wsd-decay-iters", "1"],
             env=machine_environment(
                 world,
                 save,
-                TRAIN_ITERS="4",
+                RECIPE="vanilla",
                 NODES="2",
                 NODE_RANK=str(rank),
                 GPUS_PER_NODE="1",
