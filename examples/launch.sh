@@ -8,8 +8,10 @@
 #
 # The same variables serve by hand on each machine and under Slurm (see pretrain_gpt_pd.sbatch). What
 # is set in the environment is left as it is (docs/clusters.md).
-# SIGTERM goes to the training processes themselves: torchrun would kill them 30 s after it, and a
-# checkpoint may take longer.
+# SIGTERM saves a checkpoint and ends the run. torchrun would kill the training processes 30 s after
+# it, and the processes that read data and write checkpoints would die of it, which Slurm sends to all
+# of them alike. So all ignore it but the training processes, where Megatron listens to it from its
+# first iteration on; while they start it has no effect.
 
 # stop SENTENCE: end with it, before anything is started.
 stop() {
@@ -52,6 +54,8 @@ read -r -a EXTRA <<<"${EXTRA_ARGS:-}"
 
 launch() { # the arguments of torchrun's command
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-1}"
+    # torchrun's --signals-to-handle, by the variable that torch before 2.10 doesn't look at.
+    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE-SIGINT,SIGHUP,SIGQUIT}"
     local command=(
         torchrun
         --nnodes "${NODES:-1}" --nproc-per-node "${GPUS_PER_NODE:-8}"
@@ -65,10 +69,13 @@ launch() { # the arguments of torchrun's command
         return
     fi
     set -m # a background command would ignore Ctrl-C otherwise
-    "${command[@]}" &
+    (
+        trap '' TERM
+        exec "${command[@]}"
+    ) &
     local torchrun=$!
     # shellcheck disable=SC2064 # the process of this launch is meant
-    trap "pkill -TERM -P $torchrun || kill -TERM $torchrun" TERM
+    trap "pkill -TERM -P $torchrun || true" TERM
     # shellcheck disable=SC2064
     trap "kill -INT $torchrun" INT
     while kill -0 "$torchrun" 2>/dev/null; do

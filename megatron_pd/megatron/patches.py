@@ -4,12 +4,15 @@ Written against megatron-core 0.19.2.
 """
 
 import functools
+import multiprocessing.util
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import Timers
 from megatron.core.datasets import utils as datasets_utils
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.training import checkpointing, training
@@ -20,6 +23,7 @@ from megatron_pd.megatron.arguments import LearningRate
 __all__ = [
     "before_checkpoints",
     "count_experts_tokens_on_cpu",
+    "keep_checkpoint_writer",
     "keep_scheduler",
     "print_timer",
     "resume_distributed_optimizer",
@@ -124,6 +128,32 @@ def before_checkpoints(do: Callable[[], None]) -> None:
         return original(*args, **options)
 
     training.save_checkpoint = save_checkpoint
+
+
+def keep_checkpoint_writer() -> None:
+    """Let `--use-persistent-ckpt-worker` live through the SIGTERM that asks for a last checkpoint.
+
+    Slurm sends it to all processes of a job, and Megatron waits for ever for a writer that died of
+    it. A process that is started while its parent ignores a signal ignores it, too. The
+    interpreter's end, which ends processes by SIGTERM, needs another way then.
+    """
+    original = PersistentAsyncCaller._get_process
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_process(cls: Any, *args: Any, **options: Any) -> Any:
+        if cls._persistent_process is not None:
+            return cls._persistent_process
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            process = original(*args, **options)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        multiprocessing.util.Finalize(None, process.kill, exitpriority=1)
+        return process
+
+    PersistentAsyncCaller._get_process = classmethod(get_process)
 
 
 def keep_scheduler() -> Callable[[], LearningRate | None]:

@@ -36,6 +36,7 @@ from megatron_pd.megatron.launch import (
 from megatron_pd.megatron.patches import (
     before_checkpoints,
     count_experts_tokens_on_cpu,
+    keep_checkpoint_writer,
     keep_scheduler,
     print_timer,
     resume_distributed_optimizer,
@@ -86,6 +87,7 @@ def main() -> int:
     skip_helpers_compilation()
     resume_distributed_optimizer()
     count_experts_tokens_on_cpu()
+    keep_checkpoint_writer()
     config = config_of_args(args)
     provider: Any = functools.partial(
         _provide_datasets,

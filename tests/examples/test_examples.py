@@ -27,6 +27,7 @@ SIZES = {
     "6.8b": 6.820,
     "13b": 12.562,
 }
+INHERITED = {"CUDA_DEVICE_MAX_CONNECTIONS", "PET_SIGNALS_TO_HANDLE"}
 STUDENT = {"MODEL": "670m", "DATA": "/d/corpus", "TOKENIZER": "/t", "SAVE": "/s"}
 
 
@@ -147,7 +148,7 @@ def test_help_names_every_variable_that_a_script_reads(script: str) -> None:
     shown = run(script, "--help")
     assert shown.returncode == 0
     text = "".join((EXAMPLES / name).read_text() for name in (script, "launch.sh"))
-    read = set(re.findall(r"\$\{([A-Z_]+):?[-=]", text)) - {"CUDA_DEVICE_MAX_CONNECTIONS"}
+    read = set(re.findall(r"\$\{([A-Z_]+):?[-=]", text)) - INHERITED
     read |= set(re.findall(r"^need ([A-Z_]+)", text, re.MULTILINE))
     assert len(read) > 8
     assert {name for name in read if not re.search(rf"\b{name}\b", shown.stdout)} == set()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from jobs import ROOT, World, curves, environment
 
@@ -122,10 +123,11 @@ def test_without_torchrun_one_process_trains_as_under_it(world: World) -> None:
 
 
 def test_sigterm_saves_a_checkpoint_and_ends_well(world: World) -> None:
-    """Training gets the signal, not torchrun, which would kill it after 30 seconds."""
+    """All processes get the signal, as from Slurm: torchrun, which would kill the others after 30
+    seconds, and those that read data and write checkpoints, without which none is saved."""
     save = world.folder / "terminated"
     machine = subprocess.Popen(
-        ["bash", str(SCRIPT), *SMALL, "--exit-duration-in-mins", "3"],
+        ["bash", str(SCRIPT), *SMALL, "--num-workers", "1", "--exit-duration-in-mins", "3"],
         env=machine_environment(
             world, save, TRAIN_ITERS="2000", GPUS_PER_NODE="2", MASTER_PORT=str(free_port())
         ),
@@ -138,7 +140,9 @@ def test_sigterm_saves_a_checkpoint_and_ends_well(world: World) -> None:
     for line in machine.stdout:
         log += line
         if " iteration        3/" in line:
-            machine.terminate()
+            script = psutil.Process(machine.pid)
+            for process in [script, *script.children(recursive=True)]:
+                process.terminate()
     assert machine.wait() == 0, log[-4000:]
     assert "exiting program after receiving SIGTERM" in log
     assert "closing signal" not in log  # what torchrun says when it ends its processes
