@@ -14,6 +14,7 @@ LAYERS = (
     "pretrain",
     "cli",
     "evaluate",
+    "cluster",
     "train",
     "teacher",
     "hf",
@@ -27,9 +28,9 @@ LAYERS = (
     "workers",
     "errors",
 )
-KNOW_MEGATRON = {"megatron", "data", "teacher", "hf", "train"}
+KNOW_MEGATRON = {"megatron", "data", "teacher", "hf", "train", "cluster"}
 KNOW_TORCH = KNOW_MEGATRON | {"evaluate", "distill", "ops"}
-KNOW_ARGPARSE = {"cli", "evaluate", "teacher", "hf", "megatron", "train", "options"}
+KNOW_ARGPARSE = {"cli", "evaluate", "teacher", "hf", "megatron", "train", "options", "cluster"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -28,6 +28,7 @@ _COMMANDS = (
     "convert",
     "import-hf",
     "export-hf",
+    "plan",
 )
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 

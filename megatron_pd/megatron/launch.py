@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import io
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import (
     add_megatron_arguments,
@@ -17,8 +19,10 @@ from megatron.training.arguments import (
 )
 
 from megatron_pd.errors import UserError
+from megatron_pd.megatron.arguments import add_pd_arguments
 
 __all__ = [
+    "args_at_scale",
     "be_one_process_without_torchrun",
     "config_of_args",
     "default_args",
@@ -113,3 +117,29 @@ def _refusals_are_user_errors() -> Iterator[None]:
         raise UserError(
             f"Megatron refuses the flags: {reason} ({frame.filename}, line {frame.lineno})."
         ) from error
+
+
+def args_at_scale(flags: Sequence[str], world_size: int, vocab_size: int | None = None) -> Any:
+    """Megatron's validated arguments of a launch line on `world_size` GPUs, of which none is here.
+
+    `padded_vocab_size` is set, by the tokenizer or by `vocab_size` in its place.
+
+    Raises:
+        UserError: Megatron refuses the flags, or there is no such tokenizer.
+    """
+    if vocab_size is not None:  # NullTokenizer adds an end of document
+        flags = [*flags, "--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocab_size - 1)]
+    before, sys.argv = sys.argv, [sys.argv[0], *flags]
+    environment = dict(os.environ)
+    os.environ.update(WORLD_SIZE=str(world_size), RANK="0", LOCAL_RANK="0")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as examples/launch.sh
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = validated_args(add_pd_arguments)
+            with _refusals_are_user_errors():
+                build_tokenizer(args)
+    finally:
+        sys.argv = before
+        os.environ.clear()
+        os.environ.update(environment)
+    return args
