@@ -29,6 +29,7 @@ _COMMANDS = (
     "import-hf",
     "export-hf",
     "plan",
+    "rehearse",
 )
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 

@@ -49,6 +49,5 @@ def loss_chunk_bytes(chunk: int, vocab_size: int, hidden: int, width: int) -> in
 def checkpoints_kept(iterations: int, interval: int, retain: int | None) -> int:
     """The most checkpoints on the disk at once: what is retained, the latest, and the one that is
     being written."""
-    if retain is None:
-        return math.ceil(iterations / interval)
-    return iterations // retain + 2
+    written = math.ceil(iterations / interval)
+    return written if retain is None else min(written, iterations // retain + 2)

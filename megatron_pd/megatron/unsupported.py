@@ -25,7 +25,7 @@ from megatron_pd.data.corpus import MegatronCorpus
 from megatron_pd.errors import UserError
 from megatron_pd.megatron import cpu
 
-__all__ = ["check_checkpoint", "check_flags", "check_sequence_counts", "check_splits"]
+__all__ = ["check_checkpoint", "check_flags", "check_sequence_counts", "check_splits", "splits_of"]
 
 _OWN_OPTIMIZERS = ("adam", "sgd")
 _SPLITS = ("training", "validation", "test")
@@ -201,7 +201,7 @@ def check_splits(args: Any) -> None:
     Args:
         args: validated.
     """
-    splits = list(_splits(args))
+    splits = list(splits_of(args))
     if splits and args.eval_iters and not any(split == "validation" for _, split, *_ in splits):
         # Megatron would look for it when training is done.
         raise UserError(
@@ -233,7 +233,7 @@ def check_sequence_counts(args: Any, vocab_size: int) -> None:
         return
     counts = _read_json(path)
     dtype = np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
-    for prefix in dict.fromkeys(prefix for prefix, *_ in _splits(args)):
+    for prefix in dict.fromkeys(prefix for prefix, *_ in splits_of(args)):
         index = IndexedDataset(prefix).index
         found = [index.sequence_count, index.document_count]
         if counts.get(prefix) != found:
@@ -262,7 +262,7 @@ def _read_json(path: str) -> dict[str, list[int]]:
     return counts
 
 
-def _splits(args: Any) -> Iterator[tuple[str, str, float, float]]:
+def splits_of(args: Any) -> Iterator[tuple[str, str, float, float]]:
     """(corpus prefix, name of the split, where it begins and ends as shares of the corpus)."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if args.mock_data:
