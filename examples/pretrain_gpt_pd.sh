@@ -13,7 +13,7 @@
 #                lm: the LM loss alone on the same batches in the same order, without a store
 #   TRAIN_ITERS  (11921: 100B tokens)     GLOBAL_BATCH_SIZE  sequences (2048)
 #   SPLIT        (999,1,0)                MICRO_BATCH_SIZE   sequences (1)
-#   SAVE_INTERVAL  iterations (500)       RETAIN_INTERVAL    of them kept for good (2000)
+#   SAVE_INTERVAL  iterations (500)       RETAIN_INTERVAL    of those that stay (4 x as many)
 #   ASYNC_SAVE     0: training waits for its checkpoints
 #   DATA_CACHE     folder of the sample index (beside the corpus)
 #   EXIT_MINUTES   save and end after so many minutes
@@ -68,9 +68,13 @@ DATA_ARGS=(
     --tokenizer-type "${TOKENIZER_TYPE:-HuggingFaceTokenizer}" --tokenizer-model "$TOKENIZER"
     --no-create-attention-mask-in-dataloader --num-workers 4
 )
+SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+RETAIN_INTERVAL=${RETAIN_INTERVAL:-$((4 * SAVE_INTERVAL))}
+((RETAIN_INTERVAL % SAVE_INTERVAL == 0)) || stop "RETAIN_INTERVAL=$RETAIN_INTERVAL is no multiple of" \
+    "SAVE_INTERVAL=$SAVE_INTERVAL, and of what is saved those at its multiples stay."
 OUTPUT_ARGS=(
     --save "$SAVE" --load "$SAVE"
-    --save-interval "${SAVE_INTERVAL:-500}" --save-retain-interval "${RETAIN_INTERVAL:-2000}"
+    --save-interval "$SAVE_INTERVAL" --save-retain-interval "$RETAIN_INTERVAL"
     # Whatever TP, PP and DP the next run has, it can go on from such a checkpoint.
     --dist-ckpt-optim-fully-reshardable
     # Making the sample index of 100B tokens may outlast Megatron's 10 minutes.

@@ -23,6 +23,7 @@ from megatron_pd.megatron.arguments import LearningRate
 __all__ = [
     "before_checkpoints",
     "count_experts_tokens_on_cpu",
+    "end_with_children",
     "keep_checkpoint_writer",
     "keep_scheduler",
     "print_timer",
@@ -134,8 +135,8 @@ def keep_checkpoint_writer() -> None:
     """Let `--use-persistent-ckpt-worker` live through the SIGTERM that asks for a last checkpoint.
 
     Slurm sends it to all processes of a job, and Megatron waits for ever for a writer that died of
-    it. A process that is started while its parent ignores a signal ignores it, too. The
-    interpreter's end, which ends processes by SIGTERM, needs another way then.
+    it. A process that is started while its parent ignores a signal ignores it, too;
+    `end_with_children` ends it.
     """
     original = PersistentAsyncCaller._get_process
     if hasattr(original, "__wrapped__"):
@@ -147,13 +148,26 @@ def keep_checkpoint_writer() -> None:
             return cls._persistent_process
         handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            process = original(*args, **options)
+            return original(*args, **options)
         finally:
             signal.signal(signal.SIGTERM, handler)
-        multiprocessing.util.Finalize(None, process.kill, exitpriority=1)
-        return process
 
     PersistentAsyncCaller._get_process = classmethod(get_process)
+
+
+def end_with_children() -> None:
+    """Let a run that failed end.
+
+    At its end Python asks the processes beside it to end by SIGTERM, and waits for them. With
+    `--exit-signal-handler` Megatron's data workers take that for the run's, and go on for ever.
+    """
+    multiprocessing.util.Finalize(None, _kill_children, exitpriority=1)
+
+
+def _kill_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise that a data worker died
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def keep_scheduler() -> Callable[[], LearningRate | None]:

@@ -36,6 +36,7 @@ from megatron_pd.megatron.launch import (
 from megatron_pd.megatron.patches import (
     before_checkpoints,
     count_experts_tokens_on_cpu,
+    end_with_children,
     keep_checkpoint_writer,
     keep_scheduler,
     print_timer,
@@ -88,6 +89,7 @@ def main() -> int:
     resume_distributed_optimizer()
     count_experts_tokens_on_cpu()
     keep_checkpoint_writer()
+    end_with_children()
     config = config_of_args(args)
     provider: Any = functools.partial(
         _provide_datasets,

@@ -133,6 +133,7 @@ def test_a_variable_of_the_environment_is_left_as_it_is(
         ({"TOKENIZER": ""}, "TOKENIZER is not set"),
         ({"SAVE": ""}, "SAVE is not set"),
         ({"TRAIN_ITERS": "99"}, "TRAIN_ITERS=99 leaves no iteration for the decay"),
+        ({"SAVE_INTERVAL": "300", "RETAIN_INTERVAL": "500"}, "RETAIN_INTERVAL=500 is no multiple"),
         ({"RECIPE": "pdstar"}, "RECIPE=pdstar is none of pd-star robust vanilla lm"),
     ],
 )
@@ -214,7 +215,7 @@ def test_a_batch_job_is_queued_again_until_its_end_and_never_in_vain(
     done = batch(SAVE=str(tmp_path), SLURM_GPUS_ON_NODE="4")
     assert done.returncode == status, done.stderr
     launched, rest = done.stdout.split("\n", 1)
-    assert launched.startswith("srun node3 2 4 bash -c")
+    assert launched.startswith("srun node3 2 4 --kill-on-bad-exit=1 bash -c")
     assert launched.endswith(f"{EXAMPLES}/pretrain_gpt_pd.sh --seed 7")
     assert rest == said
     assert ("where it had begun" in done.stderr) == (status == 1)

@@ -148,3 +148,21 @@ def test_sigterm_saves_a_checkpoint_and_ends_well(world: World) -> None:
     assert "closing signal" not in log  # what torchrun says when it ends its processes
     saved = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= saved < 2000 and (save / f"iter_{saved:07d}" / "metadata.json").exists()
+
+
+def test_a_run_that_fails_ends(world: World) -> None:
+    """Its data workers, which take SIGTERM for the run's, end with it."""
+    save = world.folder / "failing"
+    save.mkdir()
+    (save / "iter_0000002").write_text("where the folder of a checkpoint should be")
+    settings = {"TRAIN_ITERS": "100", "SAVE_INTERVAL": "2", "GPUS_PER_NODE": "1"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *SMALL, "--num-workers", "1"],
+        env=machine_environment(world, save, MASTER_PORT=str(free_port()), **settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stdout[-4000:]
+    assert "iter_0000002: File exists" in done.stdout or "Not a directory" in done.stdout
