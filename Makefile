@@ -41,6 +41,7 @@ bench: $(BUILT)
 	$(BIN)/python tools/benchmarks/bench_online_capture.py --quick --device $(DEVICE)
 	$(BIN)/python tools/benchmarks/bench_preprocess.py --quick
 	$(BIN)/python tools/benchmarks/bench_rows.py --quick
+	$(BIN)/python tools/benchmarks/bench_reader.py --quick
 
 build: $(BUILT)
 
