@@ -14,13 +14,13 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="no git here
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project whose environment is set up, with a python that is content with everything."""
+    """A project whose environment is set up, with tools that are content with everything."""
     folder = tmp_path / "a project"
     for name in ("csrc", "tests", ".venv/bin"):
         (folder / name).mkdir(parents=True)
     for name in ("Makefile", ".gitignore", "setup.py"):
         shutil.copy(ROOT / name, folder)
-    for name in ("tools/set_up.sh", ".venv/bin/python"):
+    for name in ("tools/set_up.sh", ".venv/bin/python", ".venv/bin/shellcheck"):
         script = folder / name
         script.parent.mkdir(exist_ok=True)
         script.write_text("#!/bin/sh\nexit 0\n")
