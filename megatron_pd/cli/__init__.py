@@ -30,6 +30,7 @@ _COMMANDS = (
     "export-hf",
     "plan",
     "rehearse",
+    "stage",
 )
 _MEGATRON_COMMANDS = ("dump", "evaluate")
 
