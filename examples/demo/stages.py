@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DISTILLATION", "DUMP", "MODELS", "Demo", "ModelSize", "Stage"]
+__all__ = ["BYTES_PER_TOKEN", "DISTILLATION", "DUMP", "Demo", "ModelSize", "Stage", "script"]
 
-# The bytes that a token of a tokenizer of 2,048 pieces takes, with a margin.
-BYTES_PER_TOKEN = 2.1
+BYTES_PER_TOKEN = 4.1
+"""What a token of SmolLM2's tokenizer takes of the standard library's sources."""
+
+MAX_FILE_BYTES = 8_000
+"""Of each file, so that a small corpus has many."""
 
 DUMP = "dump the teacher's logits"
 DISTILLATION = "train the student, PD*"
-MODELS = {  # name of its files → what the report calls it, corpus that it is trained on
-    "teacher": ("teacher", "teacher"),
-    "student_lm_only": ("student, LM only", "student"),
-    "student_pd": ("student, PD*", "student"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,26 @@ class Demo:
     seed: int = 1
     root: Path = Path("build/demo")
 
-    # The long decay is worth a tenth of a nat to the teacher, and the student has to have something
-    # to learn from it; both students have one schedule.
-    teacher: ModelSize = ModelSize(
-        layers=4, hidden=256, iterations=350, lr=2e-3, decay_iterations=140
-    )
+    # Batch, learning rate and decay that were tried first for LM only (docs/demo.md).
     student: ModelSize = ModelSize(
-        layers=2, hidden=128, iterations=200, lr=3e-3, decay_iterations=40
+        layers=2, hidden=128, iterations=400, lr=1e-3, decay_iterations=160
     )
-    vocab_size: int = 2048
-    sequence_length: int = 128
-    global_batch: int = 32
+    sequence_length: int = 256
+    global_batch: int = 4
     processes: int = 2
-    text_bytes: int | None = None
-    """Of the standard library, held-out files included; None is all of it."""
+    student_tokens: int = 150_000
+    held_out_bytes: int = 100_000
+    bf16: bool = True
+    """Megatron's mixed precision, for the teacher and the students; else float32."""
 
-    held_out_bytes: int = 300_000
+    @property
+    def models(self) -> dict[str, str]:
+        """Name of a model's files → what the report calls it."""
+        return {
+            "teacher": "SmolLM2-135M, the teacher",
+            "student_lm_only": "student, LM only",
+            "student_pd": "student, PD*",
+        }
 
     @property
     def folder(self) -> Path:
@@ -90,48 +92,74 @@ class Demo:
 
     def stages(self) -> list[Stage]:
         """The whole demo, in order."""
+        students = [model for model in self.models if model != "teacher"]
         return [
             *self.teacher_stages(),
-            self.training_stage(
-                "train the student, LM only", "student_lm_only", "student", self.student
-            ),
+            self.training_stage("train the student, LM only", "student_lm_only", self.student),
             self.training_stage(
                 DISTILLATION,
                 "student_pd",
-                "student",
                 self.student,
                 *("--pd-recipe", "pd-star", "--timing-log-level", "2"),
             ),
-            *(Stage(f"evaluate {model}", self.evaluation(model)) for model in MODELS),
+            *(Stage(f"evaluate {model}", self.evaluation(model)) for model in self.models),
+            *(Stage(f"export {model}", self.export(model)) for model in students),
+            Stage(
+                "write a line of Python",
+                script(
+                    "generate.py",
+                    self.path("lines.json"),
+                    *(self.hugging_face(model) for model in self.models),
+                ),
+            ),
         ]
 
     def teacher_stages(self) -> list[Stage]:
         """Up to the store of the teacher's logits."""
         return [
-            Stage("collect text", self.write_text),
+            Stage("unpack SmolLM2", script("smollm2.py", self.hugging_face("teacher"))),
             Stage(
-                "train the tokenizer",
-                [
-                    *_command("train-tokenizer"),
-                    *("--input", self.path("teacher.jsonl")),
-                    *("--output", self.path("tokenizer.model")),
-                    *("--vocab-size", str(self.vocab_size), "--max-bytes", "8000000"),
-                ],
+                "import SmolLM2 into Megatron",
+                self.imported(self.hugging_face("teacher"), "teacher"),
             ),
+            Stage("collect text", self.write_text),
             *(
                 Stage(f"tokenize the {corpus} corpus", self.tokenization(corpus))
-                for corpus in ("teacher", "student", "heldout")
+                for corpus in ("student", "heldout")
             ),
-            self.training_stage("train the teacher", "teacher", "teacher", self.teacher),
             Stage(DUMP, self.dump("--dump-top-p", "0.95", "--dump-top-k", "50")),
         ]
+
+    def hugging_face(self, model: str) -> str:
+        """The Hugging Face folder of a model; the teacher's is the same for all seeds."""
+        return str(self.root / "smollm2") if model == "teacher" else self.path(model)
+
+    def imported(self, folder: str, model: str) -> list[str]:
+        """The command that makes a Hugging Face folder a model's checkpoint."""
+        return [*_command("import-hf"), folder, "--save", self.path(f"checkpoints/{model}")]
+
+    def export(self, model: str) -> list[str]:
+        return [
+            *_command("export-hf"),
+            *("--load", self.path(f"checkpoints/{model}")),
+            *("--output", self.hugging_face(model)),
+        ]
+
+    @property
+    def tokenizer(self) -> list[str]:
+        folder = self.hugging_face("teacher")
+        return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+
+    @property
+    def precision(self) -> list[str]:
+        return ["--bf16"] if self.bf16 else []
 
     def tokenization(self, corpus: str) -> list[str]:
         return [
             *_command("preprocess"),
             *("--input", self.path(f"{corpus}.jsonl")),
             *("--output-prefix", self.path(corpus)),
-            *("--tokenizer-model", self.path("tokenizer.model")),
+            *self.tokenizer,
         ]
 
     def dump(self, *rows: str) -> list[str]:
@@ -139,44 +167,42 @@ class Demo:
         flags that say what is kept of them."""
         return [
             *torchrun(self.processes, "megatron_pd.cli", "dump"),
-            *("--load", self.path("checkpoints/teacher")),
-            *("--data-path", self.path("student"), "--micro-batch-size", str(self.global_batch)),
+            *("--load", self.path("checkpoints/teacher"), *self.precision),
+            *("--data-path", self.path("student"), "--micro-batch-size", "16"),
+            *("--seq-length", str(self.sequence_length)),
             *(*rows, "--dump-overlap", "0"),
         ]
 
     def training_stage(
-        self,
-        name: str,
-        model: str,
-        corpus: str,
-        size: ModelSize,
-        *flags: str,
-        processes: int | None = None,
+        self, name: str, model: str, size: ModelSize, *flags: str, processes: int | None = None
     ) -> Stage:
         """A training, whose TensorBoard curves are of one attempt."""
         return Stage(
             name,
-            self.training(model, corpus, size, *flags, processes=processes),
+            self.training(model, size, *flags, processes=processes),
             replaces=self.folder / "tensorboard" / model,
         )
 
+    def architecture(self, size: ModelSize) -> list[str]:
+        return [
+            *f"--num-layers {size.layers} --hidden-size {size.hidden}".split(),
+            *"--num-attention-heads 4 --position-embedding-type rope".split(),
+            *f"--max-position-embeddings {self.sequence_length} --normalization RMSNorm".split(),
+            *"--swiglu --disable-bias-linear".split(),
+        ]
+
     def training(
-        self,
-        model: str,
-        corpus: str,
-        size: ModelSize,
-        *flags: str,
-        processes: int | None = None,
+        self, model: str, size: ModelSize, *flags: str, processes: int | None = None
     ) -> list[str]:
-        """The command that trains a model; of a flag that comes twice the last counts."""
+        """The command that trains a model on the student's corpus; of a flag that comes twice the
+        last counts."""
         processes = processes or self.processes
         return [
             *torchrun(processes, "megatron_pd.pretrain"),
-            *f"--num-layers {size.layers} --hidden-size {size.hidden}".split(),
-            *f"--num-attention-heads 4 --seq-length {self.sequence_length}".split(),
-            *f"--max-position-embeddings {self.sequence_length}".split(),
-            *"--position-embedding-type rope --normalization RMSNorm".split(),
-            *"--disable-bias-linear --attention-dropout 0 --hidden-dropout 0".split(),
+            *self.architecture(size),
+            *("--seq-length", str(self.sequence_length)),
+            *"--attention-dropout 0 --hidden-dropout 0".split(),
+            *self.precision,
             *f"--micro-batch-size {self.global_batch // processes}".split(),
             *f"--global-batch-size {self.global_batch} --train-iters {size.iterations}".split(),
             *f"--lr {size.lr} --lr-decay-style WSD --lr-wsd-decay-style linear".split(),
@@ -184,9 +210,8 @@ class Demo:
             *f"--lr-wsd-decay-iters {size.decay_iterations}".split(),
             *"--adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0".split(),
             *"--use-distributed-optimizer --no-create-attention-mask-in-dataloader".split(),
-            *("--tokenizer-type", "SentencePieceTokenizer"),
-            *("--tokenizer-model", self.path("tokenizer.model")),
-            *("--data-path", self.path(corpus), "--split", "100,0,0"),
+            *self.tokenizer,
+            *("--data-path", self.path("student"), "--split", "100,0,0"),
             *("--data-cache-path", self.path("index-cache"), "--num-workers", "0"),
             *f"--eval-iters 0 --log-interval 10 --seed {self.seed}".split(),
             *("--tensorboard-dir", self.path(f"tensorboard/{model}")),
@@ -200,35 +225,46 @@ class Demo:
         """The command that writes a model's figures on the held-out files to `model`.json."""
         return [
             *torchrun(processes or self.processes, "megatron_pd.cli", "evaluate"),
-            *("--load", self.path(f"checkpoints/{model}")),
+            *("--load", self.path(f"checkpoints/{model}"), *self.precision),
             *("--data-path", self.path("heldout"), "--micro-batch-size", str(self.global_batch)),
+            *("--seq-length", str(self.sequence_length)),
             *("--evaluate-output", self.path(f"{model}.json")),
         ]
 
     def write_text(self) -> None:
-        """The standard library as JSON lines: held-out files, the teacher's, and of those the
-        student's. Tests and encodings are left out: they are tables more than text.
-        """
-        stdlib = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-        files = sorted(f for f in stdlib.rglob("*.py") if not left_out & set(f.parts))
-        texts = [f.read_text(encoding="utf-8", errors="ignore") for f in files]
-        order = np.random.default_rng(self.seed).permutation(len(texts))
-        texts = [texts[i] for i in order if texts[i].strip()]
-        if self.text_bytes is not None:
-            texts, _ = _take(texts, self.text_bytes)
-        heldout, rest = _take(texts, self.held_out_bytes)
-        student, _ = _take(rest, self.tokens(self.student) * BYTES_PER_TOKEN)
-        for name, documents in {"heldout": heldout, "teacher": rest, "student": student}.items():
+        """Files of the standard library as JSON lines: the student's, and others, held out."""
+        texts = library_texts(self.seed, MAX_FILE_BYTES)
+        heldout, rest = take(texts, self.held_out_bytes)
+        student, _ = take(rest, self.student_tokens * BYTES_PER_TOKEN)
+        self.write_documents({"heldout": heldout, "student": student})
+
+    def write_documents(self, corpora: dict[str, list[str]]) -> None:
+        for name, documents in corpora.items():
             lines = (json.dumps({"text": text}) + "\n" for text in documents)
             Path(self.path(f"{name}.jsonl")).write_text("".join(lines))
 
 
-def _take(texts: list[str], num_bytes: float) -> tuple[list[str], list[str]]:
+def library_texts(seed: int, max_bytes: int | None = None) -> list[str]:
+    """The standard library's sources, shuffled, each up to `max_bytes`. Tests and encodings are
+    left out: they are tables more than text."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    files = sorted(f for f in stdlib.rglob("*.py") if not left_out & set(f.parts))
+    texts = [f.read_bytes()[:max_bytes].decode(errors="ignore") for f in files]
+    order = np.random.default_rng(seed).permutation(len(texts))
+    return [texts[i] for i in order if texts[i].strip()]
+
+
+def take(texts: list[str], num_bytes: float) -> tuple[list[str], list[str]]:
     """The first texts that make up `num_bytes`, and the others."""
     ends = np.cumsum([len(text.encode()) for text in texts])
     count = int(np.searchsorted(ends, num_bytes)) + 1
     return texts[:count], texts[count:]
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    """The command that runs a script of this folder."""
+    return [sys.executable, str(Path(__file__).with_name(name)), *arguments]
 
 
 def _command(name: str) -> list[str]:

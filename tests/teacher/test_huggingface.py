@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
 import transformers
+from hugging_face_files import as_gguf, saved_model, trained_tokenizer
 
 from megatron_pd.cli import main
 from megatron_pd.data.corpus import MegatronCorpus
@@ -58,37 +58,10 @@ ARCHITECTURES: dict[str, Callable[[int], Any]] = {
 }
 
 
-def trained_tokenizer(folder: Path, text: str) -> Any:
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([text], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>"
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     trained_tokenizer(folder, TEXT)
-    return folder
-
-
-def saved_model(folder: Path, tokenizer_folder: Path, config: Any, dtype: Any = None) -> Path:
-    shutil.copytree(tokenizer_folder, folder)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    if dtype is not None:
-        model = model.to(dtype)
-    model.save_pretrained(folder)
     return folder
 
 
@@ -573,49 +546,7 @@ def test_help_is_of_its_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
-HAS_GGUF = all(importlib.util.find_spec(name) for name in ("gguf", "accelerate"))
-needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="gguf and accelerate are not installed")
 
-
-def as_gguf(model: Path, path: Path) -> Path:
-    """The Llama of a folder, by the names and layouts of llama.cpp, its weights in float32."""
-    import gguf
-
-    config = json.loads((model / "config.json").read_text())
-    heads = config["num_attention_heads"], config["num_key_value_heads"]
-    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads[0])
-    writer.add_head_count_kv(heads[1])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
-    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 399)
-    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
-    for kind in ("bos", "eos", "unk", "pad"):
-        getattr(writer, f"add_{kind}_token_id")(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, weights in safetensors.torch.load_file(model / "model.safetensors").items():
-        for kind, count in zip("qk", heads, strict=True):
-            if f"{kind}_proj" in name:  # llama.cpp has the two halves of a head's pairs interleaved
-                pairs = weights.reshape(count, 2, -1, weights.shape[1])
-                weights = pairs.swapaxes(1, 2).reshape(weights.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weights.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@needs_gguf
 def test_a_gguf_file_gives_the_rows_of_its_folder(
     tmp_path: Path, llama: Path, corpus: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -641,10 +572,18 @@ def test_a_gguf_file_gives_the_rows_of_its_folder(
         assert "cannot be loaded" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(HAS_GGUF, reason="gguf and accelerate are installed")
+@pytest.mark.parametrize("library", ["gguf", "accelerate"])
 def test_a_gguf_file_needs_its_libraries(
-    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+    library: str,
+    tmp_path: Path,
+    corpus: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == library else find(name)
+    )
     (tmp_path / "model.gguf").touch()
     with pytest.raises(SystemExit, match="2"):
         dump(tmp_path / "model.gguf", corpus, tmp_path / "store")

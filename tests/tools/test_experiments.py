@@ -9,7 +9,7 @@ import plot_tails
 import pytest
 import torch
 from megatron.training.arguments import parse_args
-from students import DRAWS, Demo, sampled_store, teacher_stages
+from small_teacher import DRAWS, SmallTeacher, sampled_store, teacher_stages
 
 from megatron_pd.distill.config import PDConfig
 from megatron_pd.megatron.arguments import add_pd_arguments, pd_config_from_args
@@ -19,9 +19,9 @@ from megatron_pd.megatron.arguments import add_pd_arguments, pd_config_from_args
 def test_every_setting_is_a_student_that_megatron_takes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demo = Demo()
+    demo = SmallTeacher()
     command = demo.training(
-        "s", "student", demo.student, *compare_tails.flags_of(demo, name, seed=5), processes=1
+        "s", demo.student, *compare_tails.flags_of(demo, name, seed=5), processes=1
     )
     monkeypatch.setattr(sys, "argv", command[command.index("megatron_pd.pretrain") :])
     args = parse_args(add_pd_arguments)
@@ -33,7 +33,7 @@ def test_every_setting_is_a_student_that_megatron_takes(
 
 
 def test_the_stores_are_of_the_same_teacher_and_corpus() -> None:
-    demo = Demo(seed=2)
+    demo = SmallTeacher(seed=2)
     *_, top, sampled = (stage.command for stage in teacher_stages(demo))
     assert isinstance(top, list) and isinstance(sampled, list)
     kept = ["--dump-top-p", "0.95", "--dump-top-k", "50"]
@@ -44,7 +44,7 @@ def test_the_stores_are_of_the_same_teacher_and_corpus() -> None:
 
 
 def test_gains_are_over_lm_only_of_the_same_seed(tmp_path: Path) -> None:
-    demo = Demo(seed=1, root=tmp_path)
+    demo = SmallTeacher(seed=1, root=tmp_path)
     demo.folder.mkdir()
     figures = {"lm-only": {1: 3.0, 2: 2.5}, "ghost-wsd-0.9": {2: 2.4, 3: 2.75}}
     for name, losses in figures.items():

@@ -3,7 +3,7 @@
     make demo && .venv/bin/python tools/benchmarks/bench_rows.py --output docs/rows-benchmark.md
     python tools/benchmarks/bench_rows.py --quick     # its own small teacher and student, no demo
 
-Repeats the demo's PD* run, shortened, and one of the size of its teacher, and reads what Megatron's
+Repeats the demo's PD* run, shortened, and one of a larger student, and reads what Megatron's
 timer `teacher-rows` printed: 14 minutes on two cores. Runs with and without the thread take turns;
 figures are means over the iterations but the first interval and over the repeats, waits those of
 the slower rank.
@@ -26,10 +26,12 @@ from common import Report, Spread, alternate, command_line, markdown_table, pars
 from megatron_pd.errors import reporting_errors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))  # where `demo` is
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 from demo.report import step_and_wait
 from demo.runner import Runner, run_to_exit_status
-from demo.stages import Demo, ModelSize, Stage
+from demo.stages import ModelSize, Stage
+from small_teacher import SmallTeacher
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ TRAININGS = [
     Training("the demo's student", 2, 2, SHORT),
     Training("4 layers, hidden size 256", 2, 0, LARGER),
     Training("4 layers, hidden size 256", 2, 2, LARGER),
-    Training("the demo's student, half a batch", 1, 0, f"{SHORT} --global-batch-size 16"),
+    Training("the demo's student, half a batch", 1, 0, f"{SHORT} --global-batch-size 2"),
 ]
 QUICK_TRAININGS = [Training("a small student", 2, 0, "")]
 FOLDER = Path("build/bench-rows")
-QUICK_DEMO = Demo(
+QUICK_DEMO = SmallTeacher(
     root=FOLDER,
     teacher=ModelSize(layers=1, hidden=64, iterations=30, lr=3e-3, decay_iterations=10),
     student=ModelSize(layers=2, hidden=128, iterations=50, lr=3e-3, decay_iterations=10),
@@ -100,7 +102,7 @@ def quick_command(runner: Runner) -> list[str]:
     """What trains the student of the quick demo, once that has its teacher's store."""
     runner.run(QUICK_DEMO.teacher_stages())
     pd = "--pd-recipe pd-star --timing-log-level 2".split()
-    return QUICK_DEMO.training("student", "student", QUICK_DEMO.student, *pd)
+    return QUICK_DEMO.training("student", QUICK_DEMO.student, *pd)
 
 
 def compare(

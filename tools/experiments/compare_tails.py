@@ -1,9 +1,9 @@
-"""Which tail policy and α: the demo's student under each, on one teacher and its logit stores.
+"""Which tail policy and α: a small student under each, on one teacher and its logit stores.
 
     python tools/experiments/compare_tails.py                          every setting, one seed
     python tools/experiments/compare_tails.py --seeds 3 --settings lm-only pd-star ghost-wsd-0.9
 
-Trains the demo's teacher, dumps its rows (top-0.95-50, and 50 random draws), trains the demo's
+Trains a small teacher, dumps its rows (top-0.95-50, and 50 random draws), trains a smaller
 student once for each setting and seed, and writes held-out loss and calibration error (ECE) to
 build/tails/seed-N/report.md. A seed is the student's: its first weights and the order of its data.
 A stopped comparison goes on where it was; finished trainings are not repeated.
@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from students import (
+from small_teacher import (
     ROOT,
-    Demo,
     Runner,
+    SmallTeacher,
     Stage,
     run_experiment,
     sampled_store,
@@ -57,12 +57,14 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--jobs", type=int, default=2, help="students at a time, one process each")
     options = parser.parse_args()
-    demo = Demo(options.seed, ROOT)
+    demo = SmallTeacher(options.seed, ROOT)
     trials = [(name, seed) for seed in range(1, options.seeds + 1) for name in options.settings]
     return run_experiment(demo, lambda runner: compare(demo, runner, trials, options.jobs))
 
 
-def compare(demo: Demo, runner: Runner, trials: Sequence[tuple[str, int]], jobs: int) -> None:
+def compare(
+    demo: SmallTeacher, runner: Runner, trials: Sequence[tuple[str, int]], jobs: int
+) -> None:
     """Run every (setting, seed) that has no figures yet; write and print the report."""
     runner.run(teacher_stages(demo))
     with ThreadPoolExecutor(jobs) as pool:
@@ -81,20 +83,18 @@ def compare(demo: Demo, runner: Runner, trials: Sequence[tuple[str, int]], jobs:
     print(text)
 
 
-def train_and_evaluate(demo: Demo, runner: Runner, name: str, seed: int) -> dict[str, Any]:
+def train_and_evaluate(demo: SmallTeacher, runner: Runner, name: str, seed: int) -> dict[str, Any]:
     """One student's figures on the held-out files."""
     student = f"{name}-seed-{seed}"
     figures = Path(demo.path(f"{student}.json"))
     if not figures.exists():
         flags = flags_of(demo, name, seed)
-        runner.run_stage(
-            demo.training_stage(student, student, "student", demo.student, *flags, processes=1)
-        )
+        runner.run_stage(demo.training_stage(student, student, demo.student, *flags, processes=1))
         runner.run_stage(Stage(f"evaluate-{student}", demo.evaluation(student, processes=1)))
     return json.loads(figures.read_text())
 
 
-def flags_of(demo: Demo, name: str, seed: int) -> list[str]:
+def flags_of(demo: SmallTeacher, name: str, seed: int) -> list[str]:
     """What a setting adds to the flags of the demo's student."""
     flags = ["--seed", str(seed), *SETTINGS[name].split()]
     if "sampled" in flags:
@@ -102,7 +102,7 @@ def flags_of(demo: Demo, name: str, seed: int) -> list[str]:
     return flags
 
 
-def report(demo: Demo) -> str:
+def report(demo: SmallTeacher) -> str:
     """Every trial that has been run, as a table of the seeds' figures."""
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SETTINGS}
     for name in SETTINGS:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from students import (
+from small_teacher import (
     ROOT,
     Curves,
-    Demo,
     ModelSize,
     Runner,
+    SmallTeacher,
     read_scalars,
     run_experiment,
     teacher_stages,
@@ -40,11 +40,11 @@ def main() -> int:
     )
     parser.add_argument("file", nargs="?", type=Path, default=Path("docs/alpha-schedules.png"))
     file = parser.parse_args().file
-    demo = Demo(seed=1, root=ROOT)
+    demo = SmallTeacher(seed=1, root=ROOT)
     return run_experiment(demo, lambda runner: plot(demo, runner, file))
 
 
-def plot(demo: Demo, runner: Runner, file: Path) -> None:
+def plot(demo: SmallTeacher, runner: Runner, file: Path) -> None:
     """Train three runs of every schedule, compare and plot them."""
     runner.run(teacher_stages(demo))
     figure, axes = plt.subplots(
@@ -69,7 +69,7 @@ def plot(demo: Demo, runner: Runner, file: Path) -> None:
     figure.savefig(file, dpi=90)
 
 
-def train(demo: Demo, runner: Runner, kind: str, name: str, *flags: str) -> Curves:
+def train(demo: SmallTeacher, runner: Runner, kind: str, name: str, *flags: str) -> Curves:
     """What TensorBoard got of one run."""
     model = f"schedule-{kind}-{name}"
     flags = (
@@ -78,7 +78,7 @@ def train(demo: Demo, runner: Runner, kind: str, name: str, *flags: str) -> Curv
         *FLAGS.get(kind, "").split(),
         *flags,
     )
-    runner.run_stage(demo.training_stage(model, model, "student", SIZE, *flags, processes=1))
+    runner.run_stage(demo.training_stage(model, model, SIZE, *flags, processes=1))
     return read_scalars(demo.folder / "tensorboard" / model)
 
 
