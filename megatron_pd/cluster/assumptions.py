@@ -27,4 +27,5 @@ class Assumptions:
         "That the teacher reads on one GPU, measured; without it, its forward FLOPs at the TFLOP/s "
         "above.",
         type=float,
+        metavar="RATE",
     )
