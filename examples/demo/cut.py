@@ -19,7 +19,7 @@ from megatron_pd.store import LogitStore
 __all__ = ["CutDemo", "markdown", "run"]
 
 RATES = (3e-4, 6e-4, 1.2e-3)
-STUDENT = ModelSize(layers=15, hidden=576, iterations=80, lr=RATES[0], decay_iterations=32)
+STUDENT = ModelSize(layers=15, hidden=576, iterations=120, lr=RATES[0], decay_iterations=48)
 RECIPES = {"PD*": "pd-star", "robust": "robust"}
 
 
