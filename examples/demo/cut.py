@@ -19,7 +19,7 @@ from megatron_pd.store import LogitStore
 __all__ = ["CutDemo", "markdown", "run"]
 
 RATES = (3e-4, 6e-4, 1.2e-3)
-STUDENT = ModelSize(layers=15, hidden=576, iterations=120, lr=RATES[0], decay_iterations=48)
+STUDENT = ModelSize(layers=15, hidden=576, iterations=64, lr=RATES[0], decay_iterations=26)
 RECIPES = {"PD*": "pd-star", "robust": "robust"}
 
 
@@ -29,7 +29,7 @@ class CutDemo(Demo):
 
     root: Path = Path("build/demo-cut")
     student: ModelSize = STUDENT
-    student_tokens: int = 120_000
+    student_tokens: int = 70_000
 
     @property
     def start(self) -> str:
