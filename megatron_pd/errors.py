@@ -121,7 +121,8 @@ def _fail(sentence: str, status: int) -> NoReturn:
 def _say(line: str, sentence: str | None = None) -> None:
     if _is_first_to_say(sentence or line):
         with contextlib.suppress(OSError):  # nobody reads it any more
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{line}\n")  # at once, or the lines of two ranks mix
+            sys.stderr.flush()
 
 
 def _file_of(error: OSError) -> str:
